@@ -1,0 +1,237 @@
+"""The importance matrix: mean squared activation per column of every weight matrix.
+
+Collected as llama-imatrix does (tools/imatrix/imatrix.cpp), from every matrix product, with one
+difference: the output head is included even when it is tied to the embedding, because leaving it
+out costs a fifth of the KL divergence at the same bytes. Written in llama.cpp's GGUF format.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from apreqel.artifacts import write_atomically
+from apreqel.errors import CalibrationError, printable
+from apreqel.gguf_header import TensorRecord, encode_header, encode_kv, read_header
+
+if TYPE_CHECKING:
+    from apreqel.calibration import TokenSet
+    from apreqel.inventory import Inventory
+    from apreqel.llama import Context
+
+Floats = npt.NDArray[np.float32]
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_STRING, _ARRAY, _UINT32 = 8, 9, 4  # GGUF value types
+_F32 = 0
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class ImatrixEntry:
+    """Sums of squared activations [matrices, row length] over `counts` [matrices] tokens."""
+
+    sums: Floats
+    counts: Floats
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    entries: Mapping[str, ImatrixEntry]
+    datasets: Sequence[str] = ()
+    n_chunks: int = 0
+    chunk_size: int = 512
+    _cache: dict[str, Floats] = field(default_factory=dict, repr=False, compare=False)
+
+    def weights(self, name: str) -> Floats | None:
+        """Mean squared activations, flat [matrices x row length], or None where never seen.
+
+        An expert that was never chosen weighs 1 everywhere, as in llama.cpp. A column that was
+        always zero takes the smallest weight seen in its matrix: ggml divides by these.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        if name not in self._cache:
+            seen = entry.counts > 0
+            mean = np.ones_like(entry.sums)
+            mean[seen] = entry.sums[seen] / entry.counts[seen, None]
+            for row in mean:
+                if not row.all():
+                    row[row == 0] = row[row > 0].min() if row.any() else 1.0
+            self._cache[name] = np.ascontiguousarray(mean.reshape(-1), np.float32)
+        return self._cache[name]
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        zero = sum(int((e.sums[e.counts > 0] == 0).sum()) for e in self.entries.values())
+        unseen = sum(int((e.counts == 0).sum()) for e in self.entries.values())
+        experts = sum(e.counts.size for e in self.entries.values() if e.counts.size > 1)
+        return Coverage(len(self.entries), zero, unseen, experts)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the model the calibration text reached."""
+
+    n_tensors: int
+    n_zero_columns: int
+    n_unseen_experts: int
+    n_experts: int
+
+
+# --- collecting ----------------------------------------------------------------------------------
+
+
+class ImatrixCollector:
+    """A listener (see `llama.Listener`) that adds up squared activations."""
+
+    def __init__(self, n_matrices: Mapping[str, int]) -> None:
+        self._n_matrices = n_matrices
+        self._sums: dict[str, npt.NDArray[np.float64]] = {}
+        self._counts: dict[str, npt.NDArray[np.float64]] = {}
+        self._last: tuple[int, Floats] | None = None
+
+    def __call__(self, name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+        row_length = values.shape[-1]
+        n = self._n_matrices.get(name)
+        if n is None:
+            return
+        sums = self._sums.setdefault(name, np.zeros((n, row_length)))
+        counts = self._counts.setdefault(name, np.zeros(n))
+        if experts is None:
+            rows = values.reshape(-1, row_length)
+            # float32 within one batch (at most a few thousand rows), float64 across batches.
+            sums[0] += np.einsum("ij,ij->j", rows, rows)
+            counts[0] += len(rows)
+            return
+        # values [1, tokens, 1 or experts used, row length]; experts [tokens, experts used]
+        squared = np.square(values.reshape(len(experts), -1, row_length))
+        for slot in range(experts.shape[1]):
+            rows = squared[:, slot % squared.shape[1]]
+            for expert in np.unique(experts[:, slot]):
+                chosen = experts[:, slot] == expert
+                sums[expert] += rows[chosen].sum(axis=0)
+                counts[expert] += chosen.sum()
+
+    def result(self, datasets: Sequence[str], n_chunks: int, chunk_size: int) -> Imatrix:
+        """Raises CalibrationError where an activation was not finite."""
+        for name, sums in self._sums.items():
+            if not np.isfinite(sums).all():
+                raise CalibrationError(
+                    f"tensor {printable(name)}: activations are not finite while collecting the "
+                    "imatrix; the model itself is broken or overflows"
+                )
+        entries = {
+            name: ImatrixEntry(
+                self._sums[name].astype(np.float32), self._counts[name].astype(np.float32)
+            )
+            for name in sorted(self._sums)
+        }
+        return Imatrix(entries, datasets, n_chunks, chunk_size)
+
+
+def n_matrices(inventory: Inventory) -> dict[str, int]:
+    """How many matrices each quantisable tensor holds: its experts, or 1."""
+    return {t.name: t.n_experts for t in inventory.quantizable}
+
+
+def collect(
+    context: Context,
+    collector: ImatrixCollector,
+    tokens: TokenSet,
+    on_chunk: Callable[[int, int], None] | None = None,
+) -> Imatrix:
+    """Run `tokens` through `context`, which was made with `collector` as its listener."""
+    step = context.n_sequences
+    for start in range(0, tokens.n_chunks, step):
+        # Only the head needs logits, and it needs them everywhere: the head is listened to, too.
+        context.evaluate(tokens.tokens[start : start + step], slice(0, tokens.n_ctx))
+        if on_chunk:
+            on_chunk(min(start + step, tokens.n_chunks), tokens.n_chunks)
+    return collector.result([tokens.name], tokens.n_chunks, tokens.n_ctx)
+
+
+# --- llama.cpp's file ----------------------------------------------------------------------------
+
+
+def write_imatrix(path: Path, imatrix: Imatrix) -> None:
+    """Write the GGUF that llama-quantize --imatrix reads. Raises OutputError."""
+    metadata = [
+        encode_kv("general.type", _STRING, "imatrix"),
+        encode_kv("imatrix.datasets", _ARRAY, list(imatrix.datasets)),
+        encode_kv("imatrix.chunk_count", _UINT32, imatrix.n_chunks),
+        encode_kv("imatrix.chunk_size", _UINT32, imatrix.chunk_size),
+    ]
+    records, blocks, offset = [], [], 0
+    for name, entry in sorted(imatrix.entries.items()):
+        matrices, row_length = entry.sums.shape
+        for suffix, shape, values in (
+            (_SUMS, (row_length, matrices), entry.sums),
+            (_COUNTS, (1, matrices), entry.counts),
+        ):
+            records.append(TensorRecord(name + suffix, shape, _F32, offset))
+            raw = np.ascontiguousarray(values, "<f4").tobytes()
+            raw += b"\0" * (-len(raw) % _ALIGNMENT)
+            blocks.append(raw)
+            offset += len(raw)
+    write_atomically(path, encode_header(metadata, records, _ALIGNMENT) + b"".join(blocks))
+
+
+def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
+    """Read and check a GGUF imatrix against the model. Raises ModelFileError, CalibrationError."""
+    header = read_header(path)
+    if header.get("general.type") != "imatrix":
+        raise CalibrationError(
+            f"{path}: field general.type is {header.get('general.type')!r}, not 'imatrix'; "
+            "give an imatrix GGUF (llama-imatrix writes one)"
+        )
+    raw: dict[str, Floats] = {}
+    with open(path, "rb") as file:
+        for record in header.tensors:
+            if record.ggml_type != _F32:
+                raise CalibrationError(f"{path}: tensor {printable(record.name)} is not F32")
+            count = int(np.prod(record.shape))
+            file.seek(header.data_start + record.offset)
+            values = np.frombuffer(file.read(4 * count), "<f4").astype(np.float32)
+            if not np.isfinite(values).all():
+                raise CalibrationError(
+                    f"{path}: tensor {printable(record.name)} holds NaN or Inf; collect it again"
+                )
+            raw[record.name] = values.reshape(record.shape[::-1])
+    entries: dict[str, ImatrixEntry] = {}
+    for key, sums in raw.items():
+        if not key.endswith(_SUMS):
+            continue
+        name = key[: -len(_SUMS)]
+        counts = raw.get(name + _COUNTS)
+        tensor = inventory.by_name.get(name)
+        if tensor is None:
+            raise CalibrationError(
+                f"{path}: tensor {printable(name)} is not in the model; this is another model's "
+                "imatrix"
+            )
+        expected = (tensor.n_experts, tensor.row_length)
+        if counts is None or sums.reshape(-1, sums.shape[-1]).shape != expected:
+            raise CalibrationError(
+                f"{path}: tensor {printable(name)} has {sums.size} values, the model needs "
+                f"{expected[0]} x {expected[1]}; this is another model's imatrix"
+            )
+        if counts.size not in (1, tensor.n_experts) or (sums < 0).any():
+            raise CalibrationError(f"{path}: tensor {printable(name)} has damaged sums or counts")
+        full = np.broadcast_to(counts.reshape(-1), (tensor.n_experts,)).copy()
+        entries[name] = ImatrixEntry(sums.reshape(expected), full)
+    if not entries:
+        raise CalibrationError(f"{path}: holds no *.in_sum2 tensors; not a usable imatrix")
+    return Imatrix(
+        entries,
+        tuple(header.get("imatrix.datasets", ()) or ()),
+        int(header.get("imatrix.chunk_count", 0)),
+        int(header.get("imatrix.chunk_size", 512)),
+    )

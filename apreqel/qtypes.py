@@ -1,0 +1,102 @@
+"""The open registry of GGUF quant types: what a block holds and what it costs.
+
+Sizes come from gguf-py's `GGML_QUANT_SIZES`; what a type needs and how its CPU kernel
+treats activations comes from llama.cpp (`ggml.c`, `llama-quant.cpp`, `ggml-cpu.c`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from apreqel.errors import UsageError, printable
+
+FLOAT_TYPES = ("F32", "F16", "BF16")
+
+# llama.cpp never stores weights in these: activations inside kernels, or plain numbers.
+_NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
+
+# ggml_quantize_requires_imatrix (ggml.c) and tensor_requires_imatrix (llama-quant.cpp).
+_NEEDS_IMATRIX = frozenset({"IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS"})
+
+
+@dataclass(frozen=True)
+class QuantType:
+    """One ggml type. `block_size` weights take `block_bytes` bytes; a row is whole blocks."""
+
+    name: str
+    ggml_id: int
+    block_size: int
+    block_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.block_bytes / self.block_size
+
+    @property
+    def is_float(self) -> bool:
+        return self.name in FLOAT_TYPES
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.block_size > 1
+
+    @property
+    def for_weights(self) -> bool:
+        """Whether llama.cpp can hold a weight matrix in this type."""
+        return self.name not in _NOT_FOR_WEIGHTS
+
+    @property
+    def needs_imatrix(self) -> bool:
+        return self.name in _NEEDS_IMATRIX
+
+    @property
+    def activation(self) -> str:
+        """The type in which ggml's CPU kernel takes the activations (`vec_dot_type`)."""
+        if not self.is_quantized:
+            return self.name
+        if self.block_size == 256:
+            return "Q8_K"
+        return "Q8_1" if self.name in ("Q4_1", "Q5_1") else "Q8_0"
+
+    def holds_row(self, row_length: int) -> bool:
+        return row_length % self.block_size == 0
+
+    def size_bytes(self, shape: tuple[int, ...]) -> int:
+        """Exact bytes of a tensor; `shape` in ggml order, row length first.
+
+        Raises ValueError where the row is not whole blocks.
+        """
+        if not self.holds_row(shape[0]):
+            raise ValueError(f"{self.name} cannot hold rows of {shape[0]}")
+        size = shape[0] // self.block_size * self.block_bytes
+        for length in shape[1:]:
+            size *= length
+        return size
+
+
+@lru_cache(maxsize=1)
+def registry() -> Mapping[str, QuantType]:
+    """All types that the installed gguf-py knows, by name, in order of their ggml id."""
+    from gguf.constants import GGML_QUANT_SIZES
+
+    by_id = sorted(GGML_QUANT_SIZES.items(), key=lambda item: int(item[0]))
+    return {
+        kind.name: QuantType(kind.name, int(kind), block_size, block_bytes)
+        for kind, (block_size, block_bytes) in by_id
+    }
+
+
+@lru_cache(maxsize=1)
+def by_id() -> Mapping[int, QuantType]:
+    return {qtype.ggml_id: qtype for qtype in registry().values()}
+
+
+def lookup(name: str) -> QuantType:
+    """The type of this name, upper or lower case. Raises UsageError naming what exists."""
+    found = registry().get(name.upper())
+    if found is None:
+        known = ", ".join(q.name for q in registry().values() if q.for_weights)
+        raise UsageError(f"quant type {printable(name)!r} is unknown; there are {known}")
+    return found
