@@ -26,7 +26,6 @@ from apreqel.imatrix import Imatrix
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.metrics import Comparison, compare
 from apreqel.qtypes import QuantType, lookup, registry
-from apreqel.quantize import quantize_model
 
 Floats = npt.NDArray[np.float32]
 
@@ -66,9 +65,12 @@ def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator
     place = Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
     try:
         path = place / "model.gguf"
-        quantize_model(
-            inventory, types, path, n_threads=n_threads, allow_requantize=True, hash_output=False
-        )
+        if len(inventory.files) == 1 and types == {t.name: t.qtype.name for t in inventory.tensors}:
+            shutil.copyfile(inventory.files[0], path)
+        else:
+            from apreqel.quantize import quantize_model
+
+            quantize_model(inventory, types, path, n_threads=n_threads, allow_requantize=True)
         yield path
     finally:
         shutil.rmtree(place, ignore_errors=True)
@@ -196,8 +198,8 @@ class OutputErrors:
         self,
         candidates: Mapping[str, Sequence[QuantType]],
         *,
-        rows_per_tensor: int = 256,
-        tokens_per_tensor: int = 512,
+        rows_per_tensor: int = 128,
+        tokens_per_tensor: int = 384,
         seed: int = 0,
         on_tensor: Callable[[str], None] | None = None,
     ) -> None:

@@ -1,0 +1,848 @@
+/*
+ * apreqel-quantize: write a quantised GGUF from a job table, with ggml's own quantisers.
+ *
+ *     apreqel-quantize JOB
+ *
+ * The table is made and validated by apreqel/quantize.py; every extent is checked here again,
+ * against the real sizes of the files. It is text, one field a line, in this order:
+ *
+ *     apreqel-quantize 1           format and its version
+ *     threads N                    worker threads, 1 to 256
+ *     alignment A                  of tensor data, a power of two
+ *     size BYTES                   of the finished file
+ *     force 0|1                    whether an existing output may be replaced
+ *     ggml PATH                    libggml-base of the installed llama-cpp-python
+ *     header PATH                  the finished file's header, padded to the alignment
+ *     imatrix PATH|-               float32 importance weights of all tensors, one after another
+ *     temp PATH                    where the file grows
+ *     output PATH                  where it is moved to when it is whole and on disk
+ *     source BYTES PATH            a model file (a line for each shard)
+ *     tensor FILE FROM TYPE TO TYPE ROWS MATRIX_ROWS ROW_LENGTH IMATRIX NAME
+ *                                  source file (0 is the first), offset and ggml type id in it;
+ *                                  offset and type id in the output; rows in all; rows of one
+ *                                  matrix (expert); weights a row; where its importance weights
+ *                                  start in the imatrix, in floats, or -1; name for messages
+ *     end
+ *
+ * Workers take blocks of rows: read, widen to float32, quantise, validate, write. A block never
+ * spans two matrices, and ggml quantises each row by itself, so the bytes do not depend on the
+ * number of threads. Memory is bounded by the block size, whatever the model.
+ *
+ * Progress and the result are JSON lines on stdout. Exit status: 0 done, or one of enum failure.
+ */
+
+#define _GNU_SOURCE
+#define _FILE_OFFSET_BITS 64
+
+#include <dlfcn.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <inttypes.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#ifdef __linux__
+#include <sys/prctl.h>
+#endif
+
+enum failure { FAIL_JOB = 20, FAIL_IO, FAIL_DATA, FAIL_GGML, FAIL_EXISTS, FAIL_INTERRUPTED };
+
+/* Weights in a block: 2 MiB of float32, so that a worker's buffers take about 5 MiB. */
+#define BLOCK_WEIGHTS (1 << 19)
+#define MAX_THREADS 256
+#define MAX_SOURCES 100000
+#define MAX_LINE (64 << 10)
+/* The main thread looks 200 times a second whether all is done, and reports 5 times. */
+#define POLL_NANOSECONDS 5000000L
+#define POLLS_PER_PROGRESS 40
+
+/* ------------------------------------------------------------------------------------------ */
+/* ggml: the few functions of libggml-base that are used (ggml.h), found with dlopen           */
+
+struct type_traits { /* struct ggml_type_traits */
+    const char *type_name;
+    int64_t block_size;
+    int64_t block_size_interleave;
+    size_t type_size; /* bytes a block */
+    bool is_quantized;
+    void (*to_float)(const void *, float *, int64_t);
+};
+
+struct ggml {
+    const struct type_traits *(*get_type_traits)(int type);
+    int64_t (*blck_size)(int type);
+    size_t (*type_size)(int type);
+    void (*fp16_to_fp32_row)(const void *, float *, int64_t);
+    void (*bf16_to_fp32_row)(const void *, float *, int64_t);
+    void (*quantize_init)(int type);
+    bool (*quantize_requires_imatrix)(int type);
+    size_t (*quantize_chunk)(int type, const float *, void *, int64_t start, int64_t rows,
+                             int64_t row_length, const float *imatrix);
+    bool (*validate_row_data)(int type, const void *, size_t bytes);
+};
+
+enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 30, TYPE_ID_LIMIT = 256 };
+
+/* ------------------------------------------------------------------------------------------ */
+/* The job                                                                                      */
+
+struct source {
+    char *path;
+    int64_t size; /* bytes */
+    int fd;
+};
+
+struct tensor {
+    char *name;
+    int source;             /* index into job.sources */
+    int from_type, to_type; /* ggml type ids */
+    int64_t from, to;       /* byte offsets in the source and in the output */
+    int64_t rows;           /* of all its matrices */
+    int64_t matrix_rows;    /* rows of one matrix */
+    int64_t row_length;     /* weights */
+    int64_t imatrix;        /* first float of its importance weights, or -1 */
+    size_t from_row, to_row; /* bytes a row */
+    int64_t block_rows;     /* rows a block */
+    int64_t first_block;    /* index of its first block among all blocks of the job */
+};
+
+struct job {
+    int threads;
+    bool force;
+    int64_t alignment, size;
+    char *ggml_path, *header_path, *imatrix_path, *temp_path, *output_path;
+    struct source *sources;
+    int n_sources;
+    struct tensor *tensors;
+    int n_tensors, tensors_capacity;
+    int64_t n_blocks;
+    int64_t total_bytes; /* of tensor data to write */
+    float *imatrix;
+    int64_t n_imatrix; /* floats */
+    struct ggml ggml;
+    int output_fd;
+    bool temp_exists;
+    /* shared by the workers */
+    atomic_llong next_block, done_bytes;
+    atomic_int stop;   /* set by the first failure or a signal */
+    atomic_int active; /* workers still running */
+    pthread_mutex_t failure_lock;
+    int failure;             /* enum failure, 0 while all is well */
+    char failure_text[1024]; /* JSON fields of the first failure */
+};
+
+static volatile sig_atomic_t g_signalled = 0;
+
+static void on_signal(int number) {
+    (void)number;
+    g_signalled = 1;
+}
+
+/* ------------------------------------------------------------------------------------------ */
+/* Messages                                                                                     */
+
+static void json_escape(char *out, size_t capacity, const char *text) {
+    size_t n = 0;
+    for (; *text && n + 8 < capacity; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (c == '"' || c == '\\') {
+            out[n++] = '\\';
+            out[n++] = (char)c;
+        } else if (c < 0x20) {
+            n += (size_t)snprintf(out + n, capacity - n, "\\u%04x", c);
+        } else {
+            out[n++] = (char)c;
+        }
+    }
+    out[n] = 0;
+}
+
+/* Record the first failure; later ones are its consequences. `name` and `row` may be NULL and -1. */
+static int fail(struct job *job, enum failure failure, const char *name, int64_t row,
+                const char *format, ...) {
+    char text[512], escaped[640], tensor[256] = "";
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(text, sizeof text, format, arguments);
+    va_end(arguments);
+    json_escape(escaped, sizeof escaped, text);
+    if (name) {
+        json_escape(tensor, sizeof tensor, name);
+    }
+    pthread_mutex_lock(&job->failure_lock);
+    if (!job->failure) {
+        job->failure = failure;
+        snprintf(job->failure_text, sizeof job->failure_text,
+                 "\"tensor\":\"%s\",\"row\":%" PRId64 ",\"message\":\"%s\"", tensor, row, escaped);
+    }
+    pthread_mutex_unlock(&job->failure_lock);
+    atomic_store(&job->stop, 1);
+    return -1;
+}
+
+static int fail_errno(struct job *job, const char *path, const char *what) {
+    int number = errno;
+    return fail(job, FAIL_IO, NULL, number, "%s: %s: %s", path, what, strerror(number));
+}
+
+/* ------------------------------------------------------------------------------------------ */
+/* Reading the job table                                                                        */
+
+static bool multiply(int64_t a, int64_t b, int64_t *product) {
+    return a >= 0 && b >= 0 && !__builtin_mul_overflow(a, b, product);
+}
+
+static bool add(int64_t a, int64_t b, int64_t *sum) {
+    return a >= 0 && b >= 0 && !__builtin_add_overflow(a, b, sum);
+}
+
+/* Take a whole number in [least, most] off the front of *text. */
+static bool take_number(char **text, int64_t least, int64_t most, int64_t *value) {
+    char *end;
+    if (**text != '-' && (**text < '0' || **text > '9')) {
+        return false;
+    }
+    errno = 0;
+    long long number = strtoll(*text, &end, 10);
+    if (errno || end == *text || (*end != ' ' && *end != 0) || number < least || number > most) {
+        return false;
+    }
+    *value = number;
+    *text = *end ? end + 1 : end;
+    return true;
+}
+
+/* The rest of `line` after "key ", or NULL. */
+static char *field(char *line, const char *key) {
+    size_t n = strlen(key);
+    return !strncmp(line, key, n) && line[n] == ' ' ? line + n + 1 : NULL;
+}
+
+static int parse_tensor(struct job *job, char *text, int64_t line) {
+    if (job->n_tensors == job->tensors_capacity) {
+        int capacity = job->tensors_capacity ? 2 * job->tensors_capacity : 256;
+        struct tensor *grown = realloc(job->tensors, (size_t)capacity * sizeof *grown);
+        if (!grown || capacity > (1 << 24)) {
+            free(grown ? grown : job->tensors);
+            job->tensors = NULL;
+            job->n_tensors = 0;
+            return fail(job, FAIL_JOB, NULL, line, "too many tensors");
+        }
+        job->tensors = grown;
+        job->tensors_capacity = capacity;
+    }
+    struct tensor *t = &job->tensors[job->n_tensors];
+    int64_t source, from_type, to_type;
+    memset(t, 0, sizeof *t);
+    bool good = take_number(&text, 0, job->n_sources - 1, &source) &&
+                take_number(&text, 0, INT64_MAX, &t->from) &&
+                take_number(&text, 0, TYPE_ID_LIMIT - 1, &from_type) &&
+                take_number(&text, 0, INT64_MAX, &t->to) &&
+                take_number(&text, 0, TYPE_ID_LIMIT - 1, &to_type) &&
+                take_number(&text, 1, INT64_MAX, &t->rows) &&
+                take_number(&text, 1, INT64_MAX, &t->matrix_rows) &&
+                take_number(&text, 1, INT64_MAX / 8, &t->row_length) &&
+                take_number(&text, -1, INT64_MAX, &t->imatrix) && *text;
+    if (!good || t->rows % t->matrix_rows) {
+        return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": not a tensor", line);
+    }
+    t->source = (int)source;
+    t->from_type = (int)from_type;
+    t->to_type = (int)to_type;
+    t->name = strdup(text);
+    if (!t->name) {
+        return fail(job, FAIL_JOB, NULL, line, "out of memory");
+    }
+    job->n_tensors++;
+    return 0;
+}
+
+static int parse_source(struct job *job, char *text, int64_t line) {
+    int64_t size;
+    if (job->n_sources >= MAX_SOURCES || !take_number(&text, 1, INT64_MAX, &size) || !*text) {
+        return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": not a source", line);
+    }
+    struct source *grown = realloc(job->sources, (size_t)(job->n_sources + 1) * sizeof *grown);
+    char *path = strdup(text);
+    if (grown) {
+        job->sources = grown;
+    }
+    if (!grown || !path) {
+        free(path);
+        return fail(job, FAIL_JOB, NULL, line, "out of memory");
+    }
+    job->sources[job->n_sources++] = (struct source){path, size, -1};
+    return 0;
+}
+
+static int parse_line(struct job *job, char *text, int64_t line, bool *ended) {
+    static const char *const expected[] = {"threads", "alignment", "size", "force",  "ggml",
+                                           "header",  "imatrix",   "temp", "output", NULL};
+    int64_t value = 0;
+    char *rest;
+    if (line == 1) {
+        return strcmp(text, "apreqel-quantize 1")
+                   ? fail(job, FAIL_JOB, NULL, line, "not a job table of version 1")
+                   : 0;
+    }
+    if (line - 2 < 9) {
+        const char *key = expected[line - 2];
+        char **paths[] = {&job->ggml_path, &job->header_path, &job->imatrix_path, &job->temp_path,
+                          &job->output_path};
+        rest = field(text, key);
+        if (!rest || !*rest) {
+            return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": expected %s", line, key);
+        }
+        if (line - 2 >= 4) {
+            char **path = paths[line - 6];
+            *path = strdup(rest);
+            return *path ? 0 : fail(job, FAIL_JOB, NULL, line, "out of memory");
+        }
+        int64_t most = line == 2 ? MAX_THREADS : line == 3 ? 1 << 20 : line == 4 ? INT64_MAX : 1;
+        if (!take_number(&rest, line == 5 ? 0 : 1, most, &value) || *rest) {
+            return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": bad %s", line, key);
+        }
+        if (line == 2) {
+            job->threads = (int)value;
+        } else if (line == 3) {
+            job->alignment = value;
+        } else if (line == 4) {
+            job->size = value;
+        } else {
+            job->force = value != 0;
+        }
+        return 0;
+    }
+    if ((rest = field(text, "source")) && !job->n_tensors) {
+        return parse_source(job, rest, line);
+    }
+    if ((rest = field(text, "tensor"))) {
+        return parse_tensor(job, rest, line);
+    }
+    if (!strcmp(text, "end")) {
+        *ended = true;
+        return 0;
+    }
+    return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": not understood", line);
+}
+
+static int parse_job(struct job *job, const char *path) {
+    FILE *file = fopen(path, "r");
+    char *text = malloc(MAX_LINE);
+    bool ended = false;
+    int result = 0;
+    if (!file || !text) {
+        result = fail_errno(job, path, "cannot be opened");
+    }
+    for (int64_t line = 1; !result && !ended && fgets(text, MAX_LINE, file); line++) {
+        size_t n = strlen(text);
+        if (!n || text[n - 1] != '\n') {
+            result = fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": too long or cut", line);
+            break;
+        }
+        text[n - 1] = 0;
+        result = parse_line(job, text, line, &ended);
+    }
+    if (!result && (!ended || !job->n_sources || (job->alignment & (job->alignment - 1)))) {
+        result = fail(job, FAIL_JOB, NULL, -1, "the job table is not complete");
+    }
+    free(text);
+    if (file) {
+        fclose(file);
+    }
+    return result;
+}
+
+/* ------------------------------------------------------------------------------------------ */
+/* Files and ggml                                                                               */
+
+static int read_whole(struct job *job, int fd, const char *path, void *buffer, size_t size,
+                      int64_t offset) {
+    char *to = buffer;
+    while (size) {
+        ssize_t n = pread(fd, to, size, (off_t)offset);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n < 0) {
+            return fail_errno(job, path, "read");
+        }
+        if (n == 0) {
+            return fail(job, FAIL_IO, NULL, -1, "%s: cut short while in use", path);
+        }
+        to += n;
+        offset += n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+static int write_whole(struct job *job, const void *buffer, size_t size, int64_t offset) {
+    const char *from = buffer;
+    while (size) {
+        ssize_t n = pwrite(job->output_fd, from, size, (off_t)offset);
+        if (n < 0 && errno == EINTR) {
+            continue;
+        }
+        if (n <= 0) {
+            errno = n == 0 ? ENOSPC : errno;
+            return fail_errno(job, job->output_path, "write");
+        }
+        from += n;
+        offset += n;
+        size -= (size_t)n;
+    }
+    return 0;
+}
+
+static int open_ggml(struct job *job) {
+    void *library = dlopen(job->ggml_path, RTLD_NOW | RTLD_LOCAL);
+    if (!library) {
+        return fail(job, FAIL_GGML, NULL, -1, "%s", dlerror());
+    }
+    const struct {
+        const char *name;
+        void *slot;
+    } wanted[] = {
+        {"ggml_get_type_traits", &job->ggml.get_type_traits},
+        {"ggml_blck_size", &job->ggml.blck_size},
+        {"ggml_type_size", &job->ggml.type_size},
+        {"ggml_fp16_to_fp32_row", &job->ggml.fp16_to_fp32_row},
+        {"ggml_bf16_to_fp32_row", &job->ggml.bf16_to_fp32_row},
+        {"ggml_quantize_init", &job->ggml.quantize_init},
+        {"ggml_quantize_requires_imatrix", &job->ggml.quantize_requires_imatrix},
+        {"ggml_quantize_chunk", &job->ggml.quantize_chunk},
+        {"ggml_validate_row_data", &job->ggml.validate_row_data},
+    };
+    for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
+        void *symbol = dlsym(library, wanted[i].name);
+        if (!symbol) {
+            return fail(job, FAIL_GGML, NULL, -1, "%s: has no %s", job->ggml_path, wanted[i].name);
+        }
+        memcpy(wanted[i].slot, &symbol, sizeof symbol); /* a function pointer from a void pointer */
+    }
+    return 0;
+}
+
+/* Bytes of a row in a type; refuses types that ggml does not have or rows they cannot hold. */
+static int row_bytes(struct job *job, const struct tensor *t, int type, size_t *bytes) {
+    int64_t block = job->ggml.blck_size(type), size;
+    if (block <= 0 || t->row_length % block) {
+        return fail(job, FAIL_JOB, t->name, -1, "rows of %" PRId64 " do not fit type %d",
+                    t->row_length, type);
+    }
+    if (!multiply(t->row_length / block, (int64_t)job->ggml.type_size(type), &size) || size <= 0 ||
+        size > INT32_MAX) {
+        return fail(job, FAIL_JOB, t->name, -1, "rows of %" PRId64 " are too long", t->row_length);
+    }
+    *bytes = (size_t)size;
+    return 0;
+}
+
+static int check_tensor(struct job *job, struct tensor *t, int64_t *written_to) {
+    int64_t from_bytes, to_bytes, from_end, to_end, importance, padded;
+    if (row_bytes(job, t, t->from_type, &t->from_row) || row_bytes(job, t, t->to_type, &t->to_row)) {
+        return -1;
+    }
+    bool fits = multiply(t->rows, (int64_t)t->from_row, &from_bytes) &&
+                multiply(t->rows, (int64_t)t->to_row, &to_bytes) &&
+                add(t->from, from_bytes, &from_end) && add(t->to, to_bytes, &to_end) &&
+                add(to_end, job->alignment - 1, &padded) &&
+                from_end <= job->sources[t->source].size && to_end <= job->size &&
+                t->to % job->alignment == 0 && t->to == *written_to;
+    if (!fits) {
+        return fail(job, FAIL_JOB, t->name, -1, "its extent does not fit the files");
+    }
+    *written_to = padded & ~(job->alignment - 1);
+    if (t->imatrix >= 0) {
+        bool inside = multiply(t->rows / t->matrix_rows, t->row_length, &importance) &&
+                      add(t->imatrix, importance, &importance) && importance <= job->n_imatrix;
+        if (!inside) {
+            return fail(job, FAIL_JOB, t->name, -1, "its importance weights are not in the imatrix");
+        }
+    }
+    if (t->from_type != t->to_type) {
+        const struct type_traits *traits = job->ggml.get_type_traits(t->from_type);
+        bool is_float =
+            t->from_type == TYPE_F32 || t->from_type == TYPE_F16 || t->from_type == TYPE_BF16;
+        if (!is_float && (traits->block_size != job->ggml.blck_size(t->from_type) ||
+                          traits->type_size != job->ggml.type_size(t->from_type) ||
+                          !traits->to_float)) {
+            return fail(job, FAIL_GGML, t->name, -1, "ggml cannot read type %d", t->from_type);
+        }
+        if (job->ggml.quantize_requires_imatrix(t->to_type) && t->imatrix < 0) {
+            return fail(job, FAIL_JOB, t->name, -1, "type %d needs an imatrix", t->to_type);
+        }
+        job->ggml.quantize_init(t->to_type);
+    }
+    int64_t rows = BLOCK_WEIGHTS / t->row_length;
+    t->block_rows = rows < 1 ? 1 : rows < t->matrix_rows ? rows : t->matrix_rows;
+    t->first_block = job->n_blocks;
+    int64_t per_matrix = (t->matrix_rows - 1) / t->block_rows + 1;
+    int64_t blocks;
+    if (!multiply(per_matrix, t->rows / t->matrix_rows, &blocks) ||
+        !add(job->n_blocks, blocks, &job->n_blocks)) {
+        return fail(job, FAIL_JOB, t->name, -1, "too many rows");
+    }
+    job->total_bytes += to_bytes;
+    return 0;
+}
+
+static int open_files(struct job *job) {
+    struct stat info;
+    for (int i = 0; i < job->n_sources; i++) {
+        struct source *source = &job->sources[i];
+        source->fd = open(source->path, O_RDONLY | O_CLOEXEC);
+        if (source->fd < 0 || fstat(source->fd, &info)) {
+            return fail_errno(job, source->path, "open");
+        }
+        if ((int64_t)info.st_size != source->size) {
+            return fail(job, FAIL_IO, NULL, -1, "%s: changed while in use", source->path);
+        }
+    }
+    if (strcmp(job->imatrix_path, "-")) {
+        int fd = open(job->imatrix_path, O_RDONLY | O_CLOEXEC);
+        if (fd < 0 || fstat(fd, &info)) {
+            return fail_errno(job, job->imatrix_path, "open");
+        }
+        job->n_imatrix = (int64_t)info.st_size / (int64_t)sizeof(float);
+        job->imatrix = malloc((size_t)info.st_size + 1);
+        int result = job->imatrix ? read_whole(job, fd, job->imatrix_path, job->imatrix,
+                                               (size_t)job->n_imatrix * sizeof(float), 0)
+                                  : fail(job, FAIL_IO, NULL, -1, "out of memory for the imatrix");
+        close(fd);
+        return result;
+    }
+    return 0;
+}
+
+/* Make the temp file at its full size, with the header in it; the padding stays zero. */
+static int start_output(struct job *job, int64_t *data_start) {
+    struct stat info;
+    if (!job->force && !lstat(job->output_path, &info)) {
+        return fail(job, FAIL_EXISTS, NULL, -1, "%s exists", job->output_path);
+    }
+    int fd = open(job->header_path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &info)) {
+        return fail_errno(job, job->header_path, "open");
+    }
+    char *header = malloc((size_t)info.st_size + 1);
+    *data_start = (int64_t)info.st_size;
+    int result = 0;
+    if (!header) {
+        result = fail(job, FAIL_IO, NULL, -1, "out of memory for the header");
+    } else if (*data_start > job->size || *data_start % job->alignment) {
+        result = fail(job, FAIL_JOB, NULL, -1, "the header has %" PRId64 " bytes", *data_start);
+    } else {
+        result = read_whole(job, fd, job->header_path, header, (size_t)info.st_size, 0);
+    }
+    close(fd);
+    if (!result) {
+        job->output_fd = open(job->temp_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+        if (job->output_fd < 0) {
+            result = fail_errno(job, job->temp_path, "open");
+        } else {
+            job->temp_exists = true;
+            if (ftruncate(job->output_fd, (off_t)job->size)) {
+                result = fail_errno(job, job->temp_path, "set the size");
+            } else {
+                result = write_whole(job, header, (size_t)info.st_size, 0);
+            }
+        }
+    }
+    free(header);
+    return result;
+}
+
+static int sync_folder(struct job *job) {
+    char *folder = strdup(job->output_path);
+    if (!folder) {
+        return fail(job, FAIL_IO, NULL, -1, "out of memory");
+    }
+    char *slash = strrchr(folder, '/');
+    if (slash) {
+        *(slash == folder ? slash + 1 : slash) = 0;
+    }
+    int fd = open(slash ? folder : ".", O_RDONLY | O_CLOEXEC);
+    int result = fd < 0 || fsync(fd) ? fail_errno(job, folder, "sync the folder") : 0;
+    if (fd >= 0) {
+        close(fd);
+    }
+    free(folder);
+    return result;
+}
+
+static int finish_output(struct job *job) {
+    if (fsync(job->output_fd)) {
+        return fail_errno(job, job->output_path, "sync");
+    }
+    int fd = job->output_fd;
+    job->output_fd = -1;
+    if (close(fd)) {
+        return fail_errno(job, job->output_path, "close");
+    }
+    if (rename(job->temp_path, job->output_path)) {
+        return fail_errno(job, job->output_path, "rename");
+    }
+    job->temp_exists = false;
+    return sync_folder(job);
+}
+
+/* ------------------------------------------------------------------------------------------ */
+/* The work                                                                                     */
+
+struct buffers {
+    char *from, *to; /* a block in the source's and in the target's type */
+    float *values;   /* the block in float32 */
+};
+
+static const struct tensor *tensor_of_block(const struct job *job, int64_t block) {
+    int low = 0, high = job->n_tensors - 1;
+    while (low < high) {
+        int middle = (low + high + 1) / 2;
+        if (job->tensors[middle].first_block <= block) {
+            low = middle;
+        } else {
+            high = middle - 1;
+        }
+    }
+    return &job->tensors[low];
+}
+
+/* Where the first bad row is; `rows` are known to hold one. */
+static int fail_bad_row(struct job *job, const struct tensor *t, int type, const char *data,
+                        size_t row_size, int64_t first_row, int64_t rows, const char *what) {
+    int64_t row = 0;
+    while (row < rows - 1 && job->ggml.validate_row_data(type, data + (size_t)row * row_size, row_size)) {
+        row++;
+    }
+    return fail(job, FAIL_DATA, t->name, first_row + row, "%s", what);
+}
+
+static int do_block(struct job *job, int64_t block, struct buffers *b) {
+    const struct tensor *t = tensor_of_block(job, block);
+    int64_t per_matrix = (t->matrix_rows - 1) / t->block_rows + 1;
+    int64_t index = block - t->first_block, matrix = index / per_matrix;
+    int64_t start = (index % per_matrix) * t->block_rows;
+    int64_t rows = t->matrix_rows - start < t->block_rows ? t->matrix_rows - start : t->block_rows;
+    int64_t first = matrix * t->matrix_rows + start, n = rows * t->row_length;
+    size_t from_size = (size_t)rows * t->from_row, to_size = (size_t)rows * t->to_row;
+    const struct source *source = &job->sources[t->source];
+    const char *result = b->from;
+
+    if (read_whole(job, source->fd, source->path, b->from, from_size,
+                   t->from + first * (int64_t)t->from_row)) {
+        return -1;
+    }
+    if (!job->ggml.validate_row_data(t->from_type, b->from, from_size)) {
+        return fail_bad_row(job, t, t->from_type, b->from, t->from_row, first, rows,
+                            "NaN or Inf in the source weights");
+    }
+    if (t->from_type != t->to_type) {
+        const float *values = b->values;
+        if (t->from_type == TYPE_F32) {
+            values = (const float *)(const void *)b->from;
+        } else if (t->from_type == TYPE_F16) {
+            job->ggml.fp16_to_fp32_row(b->from, b->values, n);
+        } else if (t->from_type == TYPE_BF16) {
+            job->ggml.bf16_to_fp32_row(b->from, b->values, n);
+        } else {
+            job->ggml.get_type_traits(t->from_type)->to_float(b->from, b->values, n);
+        }
+        const float *importance =
+            t->imatrix < 0 ? NULL : job->imatrix + t->imatrix + matrix * t->row_length;
+        size_t size =
+            job->ggml.quantize_chunk(t->to_type, values, b->to, 0, rows, t->row_length, importance);
+        if (size != to_size) {
+            return fail(job, FAIL_GGML, t->name, first, "ggml wrote %zu bytes, expected %zu", size,
+                        to_size);
+        }
+        if (!job->ggml.validate_row_data(t->to_type, b->to, to_size)) {
+            return fail_bad_row(job, t, t->to_type, b->to, t->to_row, first, rows,
+                                "the quantised weights hold NaN or Inf");
+        }
+        result = b->to;
+    }
+    if (write_whole(job, result, to_size, t->to + first * (int64_t)t->to_row)) {
+        return -1;
+    }
+    atomic_fetch_add(&job->done_bytes, (long long)to_size);
+    return 0;
+}
+
+static void *work(void *argument) {
+    struct job *job = argument;
+    size_t from = 1, to = 1, values = 1;
+    for (int i = 0; i < job->n_tensors; i++) {
+        const struct tensor *t = &job->tensors[i];
+        size_t rows = (size_t)t->block_rows;
+        from = rows * t->from_row > from ? rows * t->from_row : from;
+        to = rows * t->to_row > to ? rows * t->to_row : to;
+        values = rows * (size_t)t->row_length > values ? rows * (size_t)t->row_length : values;
+    }
+    struct buffers b = {malloc(from), malloc(to), malloc(values * sizeof(float))};
+    if (!b.from || !b.to || !b.values) {
+        fail(job, FAIL_IO, NULL, -1, "out of memory for a block of rows");
+    }
+    while (!atomic_load(&job->stop)) {
+        long long block = atomic_fetch_add(&job->next_block, 1);
+        if (block >= job->n_blocks) {
+            break;
+        }
+        do_block(job, block, &b);
+    }
+    free(b.from);
+    free(b.to);
+    free(b.values);
+    atomic_fetch_sub(&job->active, 1);
+    return NULL;
+}
+
+static void print_progress(struct job *job) {
+    char name[256] = "";
+    long long block = atomic_load(&job->next_block);
+    if (job->n_tensors && block < job->n_blocks) {
+        json_escape(name, sizeof name, tensor_of_block(job, block)->name);
+    }
+    printf("{\"event\":\"progress\",\"done_bytes\":%lld,\"total_bytes\":%" PRId64
+           ",\"tensor\":\"%s\"}\n",
+           (long long)atomic_load(&job->done_bytes), job->total_bytes, name);
+    fflush(stdout);
+}
+
+static int run_workers(struct job *job) {
+    pthread_t threads[MAX_THREADS];
+    int n = 0;
+    for (; n < job->threads; n++) {
+        atomic_fetch_add(&job->active, 1);
+        if (pthread_create(&threads[n], NULL, work, job)) {
+            atomic_fetch_sub(&job->active, 1);
+            if (!n) {
+                return fail(job, FAIL_IO, NULL, -1, "cannot start a thread");
+            }
+            break; /* fewer threads do the same work */
+        }
+    }
+    const struct timespec moment = {0, POLL_NANOSECONDS};
+    for (int polls = 1; atomic_load(&job->active); polls++) {
+        nanosleep(&moment, NULL);
+        if (g_signalled) {
+            fail(job, FAIL_INTERRUPTED, NULL, -1, "interrupted");
+        }
+        if (polls % POLLS_PER_PROGRESS == 0) {
+            print_progress(job);
+        }
+    }
+    for (int i = 0; i < n; i++) {
+        pthread_join(threads[i], NULL);
+    }
+    return job->failure ? -1 : 0;
+}
+
+/* ------------------------------------------------------------------------------------------ */
+
+static int build_output(struct job *job, const char *path) {
+    int64_t at = 0;
+    if (parse_job(job, path) || open_ggml(job) || open_files(job) || start_output(job, &at)) {
+        return -1;
+    }
+    for (int i = 0; i < job->n_tensors; i++) {
+        if (check_tensor(job, &job->tensors[i], &at)) {
+            return -1;
+        }
+    }
+    if (at != job->size) {
+        return fail(job, FAIL_JOB, NULL, -1, "the tensors end at %" PRId64 ", not at %" PRId64, at,
+                    job->size);
+    }
+    if (run_workers(job)) {
+        return -1;
+    }
+    return finish_output(job);
+}
+
+static void free_job(struct job *job) {
+    if (job->output_fd >= 0) {
+        close(job->output_fd);
+    }
+    if (job->temp_exists) {
+        unlink(job->temp_path);
+    }
+    for (int i = 0; i < job->n_sources; i++) {
+        if (job->sources[i].fd >= 0) {
+            close(job->sources[i].fd);
+        }
+        free(job->sources[i].path);
+    }
+    for (int i = 0; i < job->n_tensors; i++) {
+        free(job->tensors[i].name);
+    }
+    free(job->sources);
+    free(job->tensors);
+    free(job->imatrix);
+    free(job->ggml_path);
+    free(job->header_path);
+    free(job->imatrix_path);
+    free(job->temp_path);
+    free(job->output_path);
+    pthread_mutex_destroy(&job->failure_lock);
+}
+
+/* Run the job table at `path`, report on stdout, and return the exit status. */
+int apreqel_quantize(const char *path);
+
+int apreqel_quantize(const char *path) {
+    struct job job;
+    memset(&job, 0, sizeof job);
+    job.output_fd = -1;
+    pthread_mutex_init(&job.failure_lock, NULL);
+    int result = build_output(&job, path);
+    int status = result ? (job.failure ? job.failure : FAIL_JOB) : 0;
+    if (result) {
+        printf("{\"event\":\"error\",\"code\":%d,%s}\n", status,
+               job.failure_text[0] ? job.failure_text : "\"message\":\"unknown\"");
+    } else {
+        struct rusage usage;
+        getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+        int64_t peak = usage.ru_maxrss; /* bytes */
+#else
+        int64_t peak = (int64_t)usage.ru_maxrss * 1024; /* KiB */
+#endif
+        printf("{\"event\":\"done\",\"size_bytes\":%" PRId64 ",\"peak_rss_bytes\":%" PRId64 "}\n",
+               job.size, peak);
+    }
+    fflush(stdout);
+    free_job(&job);
+    return status;
+}
+
+#ifndef APREQEL_TESTING
+int main(int argc, char **argv) {
+    if (argc != 2) {
+        fprintf(stderr, "usage: apreqel-quantize JOB\n");
+        return 2;
+    }
+#ifdef __linux__
+    prctl(PR_SET_PDEATHSIG, SIGTERM); /* nobody waits for the file if apreqel is gone */
+#endif
+    struct sigaction action = {0};
+    action.sa_handler = on_signal;
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGTERM, &action, NULL);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    return apreqel_quantize(argv[1]);
+}
+#endif
