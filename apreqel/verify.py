@@ -1,0 +1,336 @@
+"""Measure what a file really is: its divergence from the original and its speed, beside rivals.
+
+All files are evaluated by llama.cpp as a user would run them (repacked weights, quantised
+activations) on text that calibration never saw. Comparisons are paired: same positions, and
+timings taken in turn.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from apreqel import artifacts, calibration, llama
+from apreqel.artifacts import Provenance
+from apreqel.calibration import Text, TokenSet
+from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
+from apreqel.inventory import Inventory, read_inventory
+from apreqel.metrics import Comparison, Estimate, compare, estimate, ratio_interval
+from apreqel.probing import sequences_at_once
+
+if TYPE_CHECKING:
+    from apreqel.imatrix import Imatrix
+
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[str, int, int], None]
+
+VERIFICATION_FILE = "verification.json"
+
+
+@dataclass(frozen=True)
+class VerifySettings:
+    """llama-perplexity's convention: chunks of 512 tokens, scored in their second half."""
+
+    n_ctx: int = 512
+    n_scored: int = 3060
+    n_prompt: int = 256
+    n_generated: int = 32
+    repetitions: int = 5
+    with_speed: bool = True
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Tokens/s with the standard deviation over `repetitions` runs."""
+
+    prefill: float
+    prefill_deviation: float
+    decode: float
+    decode_deviation: float
+    repetitions: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One file. Divergences in nats per token, against the original."""
+
+    label: str
+    path: str
+    size_bytes: int
+    bits_per_weight: float
+    kld: Estimate
+    kld_median: float
+    kld_p999: float
+    perplexity: float
+    perplexity_interval: tuple[float, float]
+    top1: Estimate
+    speed: Speed | None = None
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Ours against a rival, paired: ratios ours / rival with 95% intervals."""
+
+    rival: str
+    kld_ratio: float
+    kld_ratio_interval: tuple[float, float]
+    size_ratio: float
+    prefill_ratio: float | None
+    decode_ratio: float | None
+
+    @property
+    def verdict(self) -> str:
+        """One plain sentence."""
+        low, high = self.kld_ratio_interval
+        if high < 1:
+            quality = f"closer to the original ({self.kld_ratio:.2f} x its KL divergence)"
+        elif low > 1:
+            quality = f"NOT better: farther from the original ({self.kld_ratio:.2f} x its divergence)"
+        else:
+            quality = (
+                f"not shown to be closer or farther ({self.kld_ratio:.2f} x its KL divergence, "
+                f"95% interval {low:.2f} to {high:.2f})"
+            )
+        return f"against {self.rival}: {quality}, at {self.size_ratio:.3f} x its bytes"
+
+
+@dataclass(frozen=True)
+class VerificationReport:
+    provenance: Provenance
+    text: str
+    n_scored: int
+    files: Sequence[Measured]  # the original first, then ours, then rivals
+    versus: Sequence[Versus]
+    predicted_kld_nats: float | None = None
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    def save(self, path: Path) -> None:
+        data = {k: v for k, v in asdict(self).items() if k != "provenance"}
+        artifacts.save(path, "verification", self.provenance, data)
+
+
+def check_types(path: Path, types: Mapping[str, str]) -> None:
+    """Re-read `path`; raise VerificationError naming a tensor whose type is not the planned one."""
+    found = {t.name: t.qtype.name for t in read_inventory(path).tensors}
+    for name in sorted(found.keys() | types.keys()):
+        if found.get(name) != types.get(name):
+            raise VerificationError(
+                f"{path}: tensor {name} is {found.get(name, 'absent')}, the plan says "
+                f"{types.get(name, 'absent')}"
+            )
+
+
+def verify(
+    original: Inventory,
+    model_sha256: str,
+    files: Mapping[str, Path],
+    *,
+    text: Text,
+    calibration_texts: Sequence[Text],
+    settings: VerifySettings,
+    n_threads: int,
+    folder: Path,
+    predicted_kld_nats: float | None = None,
+    on_progress: Progress = lambda what, done, total: None,
+) -> VerificationReport:
+    """Measure `files` (label -> path, ours first) against `original`.
+
+    Raises UnsupportedModelError where `text` was used for calibration, CalibrationError where it
+    is too short, EngineError where a file does not load or gives NaN.
+    """
+    if text.sha256 in {t.sha256 for t in calibration_texts}:
+        raise UnsupportedModelError(
+            f"{text.name}: was used for calibration; verify on another text"
+        )
+    labels = ["original", *files]
+    paths = [original.files[0], *files.values()]
+    inventories = [original, *(read_inventory(p) for p in files.values())]
+    folder.mkdir(parents=True, exist_ok=True)
+    comparisons: list[Comparison] = []
+    with tempfile.TemporaryDirectory(prefix="verify-", dir=folder) as scratch:
+        reference, tokens = _reference(paths[0], text, settings, n_threads, Path(scratch), on_progress)
+        for i, (label, path) in enumerate(zip(labels, paths, strict=True)):
+            on_progress(f"evaluating {label}", i, len(labels))
+            comparisons.append(_compare(path, tokens, reference, settings, n_threads))
+        del reference
+    on_progress("evaluating", len(labels), len(labels))
+    speeds: list[Speed | None] = [None] * len(paths)
+    if settings.with_speed:
+        speeds = list(_speeds(paths, settings, n_threads, on_progress))
+    measured = [
+        _measured(label, inventory, comparison, tokens.n_chunks, speed)
+        for label, inventory, comparison, speed in zip(
+            labels, inventories, comparisons, speeds, strict=True
+        )
+    ]
+    versus = [
+        _versus(measured[1], comparisons[1], rival, comparison, tokens.n_chunks)
+        for rival, comparison in zip(measured[2:], comparisons[2:], strict=True)
+    ]
+    provenance = Provenance(
+        model_sha256, llama.build_info(), settings=asdict(settings) | {"text_sha256": text.sha256}
+    )
+    return VerificationReport(
+        provenance, text.name, tokens.n_scored, measured, versus, predicted_kld_nats
+    )
+
+
+@contextmanager
+def _running(
+    path: Path, settings: VerifySettings, n_threads: int
+) -> Iterator[tuple[llama.LoadedModel, llama.Context]]:
+    with llama.LoadedModel(path) as model:
+        if model.context_length and model.context_length < settings.n_ctx:
+            raise UnsupportedModelError(
+                f"{path}: trained for {model.context_length} tokens of context, verification uses "
+                f"{settings.n_ctx}; lower it with --ctx"
+            )
+        n = sequences_at_once(settings.n_ctx, model.n_vocab, 2)
+        with model.context(settings.n_ctx, n, n_threads) as context:
+            yield model, context
+
+
+def _batches(tokens: TokenSet, step: int) -> Iterator[tuple[slice, npt.NDArray[np.int32]]]:
+    per_chunk = tokens.n_scored // tokens.n_chunks
+    for start in range(0, tokens.n_chunks, step):
+        part = tokens.tokens[start : start + step]
+        yield slice(start * per_chunk, (start + len(part)) * per_chunk), part
+
+
+def _reference(
+    path: Path,
+    text: Text,
+    settings: VerifySettings,
+    n_threads: int,
+    scratch: Path,
+    on_progress: Progress,
+) -> tuple[Floats, TokenSet]:
+    """The original's logits at all scored positions, in a file in `scratch`."""
+    with _running(path, settings, n_threads) as (model, context):
+        tokens = calibration.verification_set(model, text, settings.n_ctx, settings.n_scored)
+        shape = tokens.n_scored, model.n_vocab
+        artifacts.require_space(scratch, 4 * shape[0] * shape[1], "the original's logits")
+        store = np.memmap(scratch / "reference.f32", np.float32, "w+", shape=shape)
+        for rows, part in _batches(tokens, context.n_sequences):
+            on_progress("evaluating the original", rows.start, tokens.n_scored)
+            store[rows] = context.evaluate(part, tokens.scored)
+            if not np.isfinite(store[rows]).all():
+                raise EngineError(f"{path}: gives NaN or Inf logits")
+    return store, tokens
+
+
+def _compare(
+    path: Path, tokens: TokenSet, reference: Floats, settings: VerifySettings, n_threads: int
+) -> Comparison:
+    following = tokens.next_tokens.reshape(-1)
+    parts = []
+    with _running(path, settings, n_threads) as (model, context), ThreadPoolExecutor(
+        n_threads
+    ) as pool:
+        if model.n_vocab != reference.shape[1]:
+            raise VerificationError(
+                f"{path}: has {model.n_vocab} tokens in its vocabulary, the original "
+                f"{reference.shape[1]}; it is another model"
+            )
+        for rows, part in _batches(tokens, context.n_sequences):
+            logits = context.evaluate(part, tokens.scored)
+            parts.append(compare(logits, reference[rows], following[rows], pool))
+    result = Comparison.joined(parts)
+    if not result.is_finite:
+        raise EngineError(f"{path}: gives NaN or Inf logits")
+    return result
+
+
+def _measured(
+    label: str, inventory: Inventory, result: Comparison, n_chunks: int, speed: Speed | None
+) -> Measured:
+    nll = estimate(result.nll_nats, n_chunks)
+    low, high = nll.interval
+    return Measured(
+        label,
+        str(inventory.files[0]),
+        inventory.size_bytes,
+        inventory.bits_per_weight,
+        estimate(result.kld_nats, n_chunks),
+        float(np.median(result.kld_nats)),
+        float(np.quantile(result.kld_nats, 0.999)),
+        float(np.exp(nll.mean)),
+        (float(np.exp(low)), float(np.exp(high))),
+        estimate(result.same_top1.astype(np.float64), n_chunks),
+        speed,
+    )
+
+
+def _versus(
+    ours: Measured, our_result: Comparison, rival: Measured, its_result: Comparison, n_chunks: int
+) -> Versus:
+    ratio, low, high = ratio_interval(our_result.kld_nats, its_result.kld_nats, n_chunks)
+    a, b = ours.speed, rival.speed
+    return Versus(
+        rival.label,
+        ratio,
+        (low, high),
+        ours.size_bytes / rival.size_bytes,
+        a.prefill / b.prefill if a and b else None,
+        a.decode / b.decode if a and b else None,
+    )
+
+
+def _speeds(
+    paths: Sequence[Path], settings: VerifySettings, n_threads: int, on_progress: Progress
+) -> Iterator[Speed]:
+    """Tokens/s of each file, the files taken in turn so that drift meets all alike."""
+    prefill: list[list[float]] = [[] for _ in paths]
+    decode: list[list[float]] = [[] for _ in paths]
+    n_ctx = settings.n_prompt + settings.n_generated
+    for repetition in range(settings.repetitions):
+        for i, path in enumerate(paths):
+            on_progress(
+                "timing", repetition * len(paths) + i, settings.repetitions * len(paths)
+            )
+            with llama.LoadedModel(path) as model, model.context(n_ctx, 1, n_threads) as context:
+                context.seconds(8, 2)  # brings the weights in
+                prefill[i].append(settings.n_prompt / context.seconds(settings.n_prompt, 0))
+                decode[i].append(settings.n_generated / context.seconds(8, settings.n_generated))
+    on_progress("timing", 1, 1)
+    for p, d in zip(prefill, decode, strict=True):
+        yield Speed(
+            float(np.median(p)), _spread(p), float(np.median(d)), _spread(d), settings.repetitions
+        )
+
+
+def _spread(values: Sequence[float]) -> float:
+    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+
+def build_preset(
+    original: Inventory, preset: str, imatrix: Imatrix, folder: Path, n_threads: int
+) -> Path:
+    """The stock preset's file, made by llama.cpp itself with the same imatrix; kept in `folder`."""
+    path = folder / f"stock-{preset.upper()}.gguf"
+    if path.exists():
+        return path
+    artifacts.require_space(folder, original.size_bytes, f"the stock {preset} file")
+    part = path.with_suffix(".part")
+    weights = {name: w for name in imatrix.entries if (w := imatrix.weights(name)) is not None}
+    try:
+        llama.stock_quantize(
+            original.files[0],
+            part,
+            preset,
+            imatrix=weights,
+            n_threads=n_threads,
+            allow_requantize=True,
+        )
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
