@@ -70,7 +70,12 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
         raise _conflict(limits)
     bound, prices, rounded = relaxed
     rounded_choice = _repaired(rounded, costs, limits)
+    if rounded_choice:
+        rounded_choice = _improved(rounded_choice, costs, limits)
     ceiling = _total(costs, rounded_choice) if rounded_choice else math.inf
+    if rounded_choice and ceiling - bound <= _GAP_WANTED * ceiling:
+        gap = max(0.0, (ceiling - bound) / ceiling) if ceiling > 0 else 0.0
+        return Solution(rounded_choice, ceiling, gap, time.perf_counter() - started)
     kept = [
         _within_reach(costs[i], [limit.costs[i] for limit in limits], prices, kept[i], ceiling - bound)
         for i in range(len(costs))
@@ -234,3 +239,24 @@ def _repaired(choice: Choice, costs: Sequence[Doubles], limits: Sequence[Limit])
     result = tuple(chosen)
     within = all(_total(limit.costs, result) <= limit.at_most for limit in limits)
     return result if within else None
+
+
+def _improved(choice: Choice, costs: Sequence[Doubles], limits: Sequence[Limit]) -> Choice:
+    """Take the best single exchange that fits all limits, as long as there is one."""
+    chosen = list(choice)
+    item = np.repeat(np.arange(len(costs)), [len(row) for row in costs])
+    option = np.concatenate([np.arange(len(row)) for row in costs])
+    cost = np.concatenate(costs)
+    rows = [np.concatenate(limit.costs) for limit in limits]
+    starts = np.cumsum([0, *(len(row) for row in costs[:-1])])
+    for _ in range(2 * len(costs)):
+        at = (starts + chosen)[item]
+        delta = cost - cost[at]
+        for limit, row in zip(limits, rows, strict=True):
+            room = limit.at_most - _total(limit.costs, tuple(chosen))
+            delta = np.where(row - row[at] <= room, delta, np.inf)
+        best = int(np.argmin(delta))
+        if not delta[best] < -1e-12 * abs(cost[at[best]]):
+            break
+        chosen[item[best]] = int(option[best])
+    return tuple(chosen)

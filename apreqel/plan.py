@@ -6,6 +6,8 @@ device profile is given, from its timings (seconds per token). One knapsack deci
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 Doubles = npt.NDArray[np.float64]
 
 PRIORITIES = ("memory", "latency", "accuracy", "balanced")
-PLAN_FILE, TENSOR_TYPES_FILE = "plan.json", "tensor-types.txt"
+PLAN_FILE = "plan.json"
 
 # The preset that most people use today: what a plan has to beat when nothing else is said.
 DEFAULT_PRESET = "Q4_K_M"
@@ -80,10 +82,7 @@ class Plan:
 
     def extra_metadata(self) -> list[bytes]:
         """The GGUF records that the quantised file gets beside the source's own."""
-        return [
-            encode_kv(key, _STRING if isinstance(value, str) else _UINT32, value)
-            for key, value in self.metadata.items()
-        ]
+        return encode_metadata(self.metadata)
 
     def save(self, path: Path) -> None:
         data = {k: v for k, v in asdict(self).items() if k != "provenance"}
@@ -97,6 +96,30 @@ class Plan:
             return cls(provenance, **data)
         except TypeError as error:
             raise ArtifactError(f"{path}: damaged plan ({error}); plan again") from error
+
+
+def output_metadata(imatrix: Imatrix) -> dict[str, str | int]:
+    """Where the file comes from: llama-quantize's own keys, and apreqel's."""
+    return {
+        "quantize.imatrix.dataset": ", ".join(imatrix.datasets),
+        "quantize.imatrix.entries_count": len(imatrix.entries),
+        "quantize.imatrix.chunks_count": imatrix.n_chunks,
+        "apreqel.version": __version__,
+        "apreqel.plan": "0" * 64,  # the digest's place: the size must be known before the plan is
+    }
+
+
+def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
+    return [
+        encode_kv(key, _STRING if isinstance(value, str) else _UINT32, value)
+        for key, value in metadata.items()
+    ]
+
+
+def map_digest(types: Mapping[str, str], imatrix_sha256: str) -> str:
+    """SHA-256 over what determines the tensor data of the quantised file."""
+    text = json.dumps([sorted(types.items()), imatrix_sha256])
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 # --- options -------------------------------------------------------------------------------------
@@ -199,15 +222,8 @@ def make_plan(
         raise UsageError(f"--prefer {request.prefer!r}: choose one of {', '.join(PRIORITIES)}")
     if request.prefer == "latency" and profile is None:
         raise UsageError("--prefer latency needs a device profile; run apreqel profile MODEL first")
-    metadata: dict[str, str | int] = {
-        "quantize.imatrix.dataset": ", ".join(imatrix.datasets),
-        "quantize.imatrix.entries_count": len(imatrix.entries),
-        "quantize.imatrix.chunks_count": imatrix.n_chunks,
-        "apreqel.version": __version__,
-    }
-    records = [
-        encode_kv(k, _STRING if isinstance(v, str) else _UINT32, v) for k, v in metadata.items()
-    ]
+    metadata = output_metadata(imatrix)
+    records = encode_metadata(metadata)
     options = build_options(
         inventory, sensitivity, records, profile if request.prefer == "latency" else None
     )
@@ -236,6 +252,7 @@ def make_plan(
     else:
         solution = knee(options, budget, quality)
     chosen = {t.name: t.qtype.name for t in inventory.tensors} | options.types_of(solution)
+    metadata["apreqel.plan"] = map_digest(chosen, sensitivity.imatrix_sha256)
     picked = list(zip(options.damages, solution.choice, strict=True))
     tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
     return Plan(
@@ -248,7 +265,7 @@ def make_plan(
         types=chosen,
         prefer=request.prefer,
         limits=limits,
-        size_bytes=inventory.output_size(chosen, records),
+        size_bytes=inventory.output_size(chosen, encode_metadata(metadata)),
         bits_per_weight=8 * tensor_bytes / inventory.n_weights,
         kld_nats=float(sum(row[c] for row, c in picked)),
         gap=solution.gap,
@@ -360,3 +377,12 @@ def parse_size(text: str) -> int:
         raise UsageError(f"--max-size {text!r}: give bytes, or a number with MB, MiB, GB or GiB")
     return int(float(found[1]) * units[found[2].upper()])
 
+
+def size_from(text: str, inventory: Inventory) -> int:
+    """--max-size: bytes, or the exact size of a stock preset of this model. Raises UsageError."""
+    if text.upper() not in llama.stock_presets():
+        return parse_size(text)
+    names = [t.name for t in inventory.quantizable]
+    return stock_size(
+        inventory, llama.stock_types(inventory.files[0], text, has_imatrix_for=names)
+    )

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from apreqel import artifacts, calibration, llama
 from apreqel.artifacts import Provenance
 from apreqel.calibration import Text, TokenSet
-from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
+from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, VerificationError
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.metrics import Comparison, Estimate, compare, estimate, ratio_interval
 from apreqel.probing import sequences_at_once
@@ -115,6 +115,27 @@ class VerificationReport:
     def save(self, path: Path) -> None:
         data = {k: v for k, v in asdict(self).items() if k != "provenance"}
         artifacts.save(path, "verification", self.provenance, data)
+
+    @classmethod
+    def load(cls, path: Path) -> VerificationReport:
+        """Raises ArtifactError."""
+        provenance, data = artifacts.load(path, "verification")
+        try:
+            data["files"] = [_loaded(row) for row in data["files"]]
+            data["versus"] = [
+                Versus(**{**row, "kld_ratio_interval": tuple(row["kld_ratio_interval"])})
+                for row in data["versus"]
+            ]
+            return cls(provenance, **data)
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: damaged report ({error}); verify again") from error
+
+
+def _loaded(row: dict[str, Any]) -> Measured:
+    row["kld"], row["top1"] = Estimate(**row["kld"]), Estimate(**row["top1"])
+    row["perplexity_interval"] = tuple(row["perplexity_interval"])
+    row["speed"] = Speed(**row["speed"]) if row["speed"] else None
+    return Measured(**row)
 
 
 def check_types(path: Path, types: Mapping[str, str]) -> None:
