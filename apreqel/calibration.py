@@ -108,17 +108,14 @@ def _folder() -> Path:
 
 
 def chunks_of(model: LoadedModel, texts: Sequence[Text], n_ctx: int) -> Tokens:
-    """All whole chunks of `n_ctx` tokens, text after text, [chunks, n_ctx].
+    """The texts, one after another, cut into chunks of `n_ctx` tokens: [chunks, n_ctx].
 
     Where the model starts texts with a BOS token, each chunk does (as llama-perplexity does).
     """
-    pieces = []
     body = n_ctx - (model.bos_token is not None)
-    for text in texts:
-        tokens = model.tokenize(text.content)
-        whole = len(tokens) // body
-        pieces.append(tokens[: whole * body].reshape(whole, body))
-    chunks = np.concatenate(pieces) if pieces else np.empty((0, body), np.int32)
+    stream = np.concatenate([np.empty(0, np.int32), *(model.tokenize(t.content) for t in texts)])
+    whole = len(stream) // body
+    chunks = stream[: whole * body].reshape(whole, body)
     if model.bos_token is not None:
         start = np.full((len(chunks), 1), model.bos_token, np.int32)
         chunks = np.concatenate([start, chunks], axis=1)

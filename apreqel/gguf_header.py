@@ -201,14 +201,14 @@ class _Reader:
         for i in range(n_kv):
             pair = self._key_value(i)
             if pair.key in metadata:
-                self.fail(f"key {printable(pair.key)!r} appears twice; damaged header")
+                self.fail(f"key '{printable(pair.key)}' appears twice; damaged header")
             metadata[pair.key] = pair
         alignment = self._alignment(metadata)
         records: dict[str, TensorRecord] = {}
         for i in range(n_tensors):
             record = self._tensor(i)
             if record.name in records:
-                self.fail(f"tensor {printable(record.name)!r} appears twice; damaged header")
+                self.fail(f"tensor '{printable(record.name)}' appears twice; damaged header")
             records[record.name] = record
         data_start = -(-self.at // alignment) * alignment
         header = GgufHeader(
@@ -243,13 +243,13 @@ class _Reader:
     def _key_value(self, i: int) -> KeyValue:
         start = self.at
         key = self.string(f"key {i}", MAX_KEY_BYTES)
-        value_type = self.u32(f"type of key {printable(key)!r}")
+        value_type = self.u32(f"type of key '{printable(key)}'")
         self._skip_value(key, value_type)
         return KeyValue(key, value_type, bytes(self._seen[start : self.at]))
 
     def _skip_value(self, key: str, value_type: int) -> None:
         """Check the extent of a value and step over it."""
-        what = f"value of key {printable(key)!r}"
+        what = f"value of key '{printable(key)}'"
         if value_type == STRING:
             length = self.u64(what)
             self.need(length, what)
@@ -260,16 +260,16 @@ class _Reader:
         elif value_type == ARRAY:
             element, length = self.u32(what), self.u64(what)
             if element == ARRAY:
-                self.fail(f"key {printable(key)!r} is an array of arrays, which no model uses; damaged")
+                self.fail(f"key '{printable(key)}' is an array of arrays, which no model uses; damaged")
             if element != STRING and element not in SCALARS:
-                self.fail(f"key {printable(key)!r} is an array of unknown type {element}")
+                self.fail(f"key '{printable(key)}' is an array of unknown type {element}")
             if element == STRING:
                 self._skip_strings(what, length)
             else:
                 self.need(length * SCALARS[element].size, what)
                 self.at += length * SCALARS[element].size
         else:
-            self.fail(f"key {printable(key)!r} has the unknown value type {value_type}")
+            self.fail(f"key '{printable(key)}' has the unknown value type {value_type}")
 
     def _skip_strings(self, what: str, count: int) -> None:
         self.need(8 * count, what)  # each takes at least its length
@@ -299,7 +299,7 @@ class _Reader:
 
     def _tensor(self, i: int) -> TensorRecord:
         name = self.string(f"name of tensor {i}", MAX_NAME_BYTES)
-        shown = f"tensor {printable(name)!r}"
+        shown = f"tensor '{printable(name)}'"
         if not name or not name.isprintable() or "/" in name or "\\" in name:
             self.fail(f"{shown}: a tensor name must be printable, without slashes; damaged or hostile")
         n_dims = self.u32(f"{shown} dimensions")
@@ -328,7 +328,7 @@ class _Reader:
         """Tensors must follow each other, padded, in the order of the header, to the file's end."""
         expected = 0
         for tensor in header.tensors:
-            shown = f"tensor {printable(tensor.name)!r}"
+            shown = f"tensor '{printable(tensor.name)}'"
             if tensor.offset != expected:
                 kind = "overlaps the one before" if tensor.offset < expected else "leaves a gap"
                 self.fail(f"{shown} {kind}: offset {tensor.offset}, expected {expected}")

@@ -469,7 +469,7 @@ def stock_quantize(
     c = library()
     presets = stock_presets()
     if preset.upper() not in presets:
-        raise EngineError(f"preset {printable(preset)!r} is unknown; there are {', '.join(presets)}")
+        raise EngineError(f"preset '{printable(preset)}' is unknown; there are {', '.join(presets)}")
     params = c.llama_model_quantize_default_params()
     params.ftype, params.nthread = presets[preset.upper()], n_threads
     params.allow_requantize, params.dry_run = allow_requantize, dry_run

@@ -98,5 +98,5 @@ def lookup(name: str) -> QuantType:
     found = registry().get(name.upper())
     if found is None:
         known = ", ".join(q.name for q in registry().values() if q.for_weights)
-        raise UsageError(f"quant type {printable(name)!r} is unknown; there are {known}")
+        raise UsageError(f"quant type '{printable(name)}' is unknown; there are {known}")
     return found

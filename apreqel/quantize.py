@@ -106,7 +106,7 @@ def check_map(inventory: Inventory, types: Mapping[str, str], imatrix: Imatrix |
     absent = [name for name in types if name not in inventory.by_name]
     if absent:
         raise UsageError(
-            f"{len(absent)} tensors of the map are not in the model, first {printable(absent[0])!r}; "
+            f"{len(absent)} tensors of the map are not in the model, first '{printable(absent[0])}'; "
             "the map belongs to another model"
         )
     left_out = [t.name for t in inventory.tensors if t.name not in types]

@@ -48,7 +48,7 @@ _SAVE_EVERY_SECONDS = 10.0
 class ProbeSettings:
     """What a measurement depends on; another value means another measurement."""
 
-    imatrix_chunks: int = 32
+    imatrix_chunks: int = 48
     imatrix_ctx: int = 512
     probe_chunks: int = 8
     probe_ctx: int = 128

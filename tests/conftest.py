@@ -1,0 +1,28 @@
+"""The tiny models, built once a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models
+import pytest
+
+
+@pytest.fixture(scope="session")
+def llama_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.build(tmp_path_factory.mktemp("llama") / "llama.gguf")
+
+
+@pytest.fixture(scope="session")
+def rows_576_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.build_576(tmp_path_factory.mktemp("rows") / "rows576.gguf")
+
+
+@pytest.fixture(scope="session")
+def moe_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return models.build_moe(tmp_path_factory.mktemp("moe") / "moe.gguf")
+
+
+@pytest.fixture(scope="session")
+def split_model(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return models.split(models.build(tmp_path_factory.mktemp("split") / "parts.gguf"), 3)
