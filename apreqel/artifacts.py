@@ -192,7 +192,9 @@ def model_sha256(files: tuple[Path, ...], cache: Path) -> str:
 
     Kept in `cache` and trusted as long as each file's size, time of change and inode stand.
     """
-    marks = [[str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for f in files for s in (f.stat(),)]
+    marks = [
+        [str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for f in files for s in (f.stat(),)
+    ]
     try:
         _, known = load(cache, "model-hash")
         if known["files"] == marks:

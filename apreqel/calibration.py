@@ -81,8 +81,8 @@ def read_text(path: Path) -> Text:
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise CalibrationError(
-            f"{path}: not UTF-8 at byte {error.start} (line {line}, value 0x{raw[error.start]:02x}); "
-            "convert it, for example with iconv"
+            f"{path}: not UTF-8 at byte {error.start} (line {line}, value "
+            f"0x{raw[error.start]:02x}); convert it, for example with iconv"
         ) from error
     return Text(path.name, content, hashlib.sha256(raw).hexdigest())
 
@@ -137,7 +137,9 @@ def split_for_calibration(
     """
     per_block = imatrix_ctx // probe_ctx
     if imatrix_ctx % probe_ctx:
-        raise CalibrationError(f"a chunk of {imatrix_ctx} tokens is not whole chunks of {probe_ctx}")
+        raise CalibrationError(
+            f"a chunk of {imatrix_ctx} tokens is not whole chunks of {probe_ctx}"
+        )
     blocks = chunks_of(model, texts, imatrix_ctx)
     # One probe chunk from each of as many blocks: variety matters more than neighbourhood.
     needed_blocks = max(2, -(-probe_chunks // per_block) + 1)
@@ -154,7 +156,9 @@ def split_for_calibration(
         probe = probe.copy()
         probe[:, 0] = model.bos_token
     rest = np.delete(blocks, chosen, axis=0)
-    kept = np.unique(np.linspace(0, len(rest) - 1, min(imatrix_chunks, len(rest))).round().astype(int))
+    kept = np.unique(
+        np.linspace(0, len(rest) - 1, min(imatrix_chunks, len(rest))).round().astype(int)
+    )
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
     return (
         TokenSet(names(texts), rest[kept], 0, digest),
@@ -178,8 +182,8 @@ def verification_set(model: LoadedModel, text: Text, n_ctx: int, n_scored: int) 
     chunks = chunks_of(model, [text], n_ctx)
     if len(chunks) < wanted:
         raise CalibrationError(
-            f"{text.name}: {len(chunks) * n_ctx} tokens; scoring {n_scored} needs {wanted * n_ctx}; "
-            "give a longer text or score fewer tokens"
+            f"{text.name}: {len(chunks) * n_ctx} tokens; scoring {n_scored} needs "
+            f"{wanted * n_ctx}; give a longer text or score fewer tokens"
         )
     kept = np.linspace(0, len(chunks) - 1, wanted).round().astype(int)
     return TokenSet(text.name, chunks[kept], n_ctx // 2, text.sha256)

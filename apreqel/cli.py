@@ -31,7 +31,8 @@ app = typer.Typer(
 )
 
 Model = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A GGUF file (of a split model the first), or 'demo'.")
+    str,
+    typer.Argument(metavar="MODEL", help="A GGUF file (of a split model the first), or 'demo'."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
@@ -68,7 +69,9 @@ NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False) -> None:
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
+) -> None:
     if version:
         print(f"apreqel {__version__}")
         raise typer.Exit
@@ -169,7 +172,9 @@ def plan(
 @app.command()
 def quantize(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The GGUF to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The GGUF to write.")
+    ] = None,
     threads: Threads = None,
     force: Force = False,
     allow_requantize: Requantize = False,
@@ -236,7 +241,9 @@ def auto(
     max_size: MaxSize = None,
     target_bpw: TargetBpw = None,
     max_kld: MaxKld = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="The GGUF to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The GGUF to write.")
+    ] = None,
     against: Against = None,
     text: Calibration = None,
     verify_text: VerifyText = None,

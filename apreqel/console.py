@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, tables on stdout. With cli.py the only one that prints."""
+"""What a person sees: progress on stderr, tables on stdout. Only this and cli.py print."""
 
 from __future__ import annotations
 
@@ -46,8 +46,12 @@ class Reporter:
             return
         self._printed = now
         line = f"{what}{self._amount(done, total, now)}"
-        print(f"\r\033[2K{line}" if self._live else line, end="" if self._live else "\n",
-              file=sys.stderr, flush=True)
+        print(
+            f"\r\033[2K{line}" if self._live else line,
+            end="" if self._live else "\n",
+            file=sys.stderr,
+            flush=True,
+        )
 
     def _amount(self, done: int, total: int, now: float) -> str:
         if total <= 1:
@@ -69,7 +73,9 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )
 
 
 def size(size_bytes: float) -> str:
@@ -181,7 +187,9 @@ def show_inventory(inventory: Inventory) -> None:
         dims = " x ".join(map(str, shape))
         table.add_row(role, str(count), dims, kind, f"{count * one.size_bytes:,}", options)
     _print(table)
-    table = _table("type", "bits/weight", "tensors that can hold it", "file with those in it, bytes")
+    table = _table(
+        "type", "bits/weight", "tensors that can hold it", "file with those in it, bytes"
+    )
     for name, row in sorted(
         bytes_by_type(inventory).items(), key=lambda item: lookup(item[0]).bits_per_weight
     ):
@@ -199,7 +207,8 @@ def show_profile(profile: DeviceProfile) -> None:
     _print(
         f"{device.cpu}, {device.usable_cores} usable cores, {size(device.memory_bytes)} memory "
         f"({size(device.available_bytes)} free), {device.system}\n"
-        f"fingerprint {profile.fingerprint}, {profile.n_threads} threads, shapes of {profile.shapes}"
+        f"fingerprint {profile.fingerprint}, {profile.n_threads} threads, "
+        f"shapes of {profile.shapes}"
     )
     table = _table("type", "bits/weight", "prefill t/s", "decode t/s", "decode", "spread", "")
     dominated = profile.dominated()
@@ -223,7 +232,7 @@ def show_profile(profile: DeviceProfile) -> None:
     _print(table)
     _print(
         f"Tokens/s if all multiplied weights were in that type: prompt of {profile.n_prompt}, "
-        f"{profile.n_generated} generated. Dominated: another type is no larger and faster both ways."
+        f"{profile.n_generated} generated. Dominated: another is no larger and faster both ways."
     )
 
 
@@ -297,15 +306,23 @@ def show_plan(plan: Plan, path: Path) -> None:
 def show_quantized(model: QuantizedModel) -> None:
     _print(
         f"{model.path}: {size(model.size_bytes)} ({model.size_bytes:,} bytes) in "
-        f"{duration(model.seconds)}, peak memory {size(model.peak_rss_bytes)}; every tensor re-read "
-        "and as planned"
+        f"{duration(model.seconds)}, peak memory {size(model.peak_rss_bytes)}; every tensor "
+        "re-read and as planned"
     )
 
 
 def show_verification(report: VerificationReport) -> None:
     table = _table(
-        "file", "size", "bits/w", "KLD mean", "median", "99.9%", "perplexity", "same top-1",
-        "prefill t/s", "decode t/s",
+        "file",
+        "size",
+        "bits/w",
+        "KLD mean",
+        "median",
+        "99.9%",
+        "perplexity",
+        "same top-1",
+        "prefill t/s",
+        "decode t/s",
     )
     for row in report.files:
         table.add_row(*_measured_cells(row, is_original=row is report.files[0]))

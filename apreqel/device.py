@@ -55,7 +55,9 @@ def detect() -> Device:
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
     quota = (_read("/sys/fs/cgroup/cpu.max") or "").split()
     if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
         cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))

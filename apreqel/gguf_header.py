@@ -152,8 +152,8 @@ class _Reader:
         end = self.at + count
         if end > self.file_size:
             self.fail(
-                f"{what} at byte {self.at} needs {count} bytes, {self.file_size - self.at} are left; "
-                "the file is cut short or damaged; download it again"
+                f"{what} at byte {self.at} needs {count} bytes, {self.file_size - self.at} are "
+                "left; the file is cut short or damaged; download it again"
             )
         while len(self._seen) < end:
             wanted = max(_BLOCK_BYTES, end - len(self._seen))
@@ -196,7 +196,9 @@ class _Reader:
         if n_kv > left // _LEAST_KV_BYTES:
             self.fail(f"metadata count {n_kv} cannot fit in the {left} bytes left; damaged header")
         if n_tensors > left // _LEAST_TENSOR_BYTES:
-            self.fail(f"tensor count {n_tensors} cannot fit in the {left} bytes left; damaged header")
+            self.fail(
+                f"tensor count {n_tensors} cannot fit in the {left} bytes left; damaged header"
+            )
         metadata: dict[str, KeyValue] = {}
         for i in range(n_kv):
             pair = self._key_value(i)
@@ -235,10 +237,14 @@ class _Reader:
         if version in (2, 3):
             return version
         if int.from_bytes(_U32.pack(version), "big") in (1, 2, 3):
-            self.fail("a big-endian GGUF file (version bytes are swapped); convert it to little-endian")
+            self.fail(
+                "a big-endian GGUF file (version bytes are swapped); convert it to little-endian"
+            )
         if version < 2:
             self.fail(f"GGUF version {version} is no longer read; convert the model again")
-        return self.fail(f"GGUF version {version} is newer than this apreqel knows (3); update apreqel")
+        return self.fail(
+            f"GGUF version {version} is newer than this apreqel knows (3); update apreqel"
+        )
 
     def _key_value(self, i: int) -> KeyValue:
         start = self.at
@@ -260,7 +266,9 @@ class _Reader:
         elif value_type == ARRAY:
             element, length = self.u32(what), self.u64(what)
             if element == ARRAY:
-                self.fail(f"key '{printable(key)}' is an array of arrays, which no model uses; damaged")
+                self.fail(
+                    f"key '{printable(key)}' is an array of arrays, which no model uses; damaged"
+                )
             if element != STRING and element not in SCALARS:
                 self.fail(f"key '{printable(key)}' is an array of unknown type {element}")
             if element == STRING:
@@ -290,7 +298,9 @@ class _Reader:
         if pair is None:
             return DEFAULT_ALIGNMENT
         if pair.value_type != UINT32:
-            self.fail(f"{ALIGNMENT_KEY} has value type {pair.value_type}, expected {UINT32} (uint32)")
+            self.fail(
+                f"{ALIGNMENT_KEY} has value type {pair.value_type}, expected {UINT32} (uint32)"
+            )
         value = pair.value
         assert isinstance(value, int)
         if value == 0 or value & (value - 1) or value > MAX_ALIGNMENT:
@@ -301,7 +311,9 @@ class _Reader:
         name = self.string(f"name of tensor {i}", MAX_NAME_BYTES)
         shown = f"tensor '{printable(name)}'"
         if not name or not name.isprintable() or "/" in name or "\\" in name:
-            self.fail(f"{shown}: a tensor name must be printable, without slashes; damaged or hostile")
+            self.fail(
+                f"{shown}: a tensor name must be printable, without slashes; damaged or hostile"
+            )
         n_dims = self.u32(f"{shown} dimensions")
         if not 1 <= n_dims <= MAX_DIMS:
             self.fail(f"{shown} has {n_dims} dimensions, expected 1 to {MAX_DIMS}")

@@ -229,9 +229,10 @@ def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
         entries[name] = ImatrixEntry(sums.reshape(expected), full)
     if not entries:
         raise CalibrationError(f"{path}: holds no *.in_sum2 tensors; not a usable imatrix")
+    datasets = header.get("imatrix.datasets")
     return Imatrix(
         entries,
-        tuple(header.get("imatrix.datasets", ()) or ()),
-        int(header.get("imatrix.chunk_count", 0)),
-        int(header.get("imatrix.chunk_size", 512)),
+        tuple(map(str, datasets)) if isinstance(datasets, list) else (),
+        header.integer("imatrix.chunk_count"),
+        header.integer("imatrix.chunk_size", 512),
     )

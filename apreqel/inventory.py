@@ -14,7 +14,6 @@ from pathlib import Path
 from apreqel.errors import ModelFileError, UnsupportedModelError, printable
 from apreqel.gguf_header import (
     SHARD_NAME,
-    STRING,
     UINT32,
     GgufHeader,
     TensorRecord,
@@ -40,7 +39,10 @@ _KEPT_BY_NAME: Sequence[tuple[str, str]] = (
     (r"^position_embd\.weight$|^token_types\.weight$", "a position or token-type embedding"),
     (r"ssm_conv1d|shortconv\.conv\.weight", "a small convolution"),
     (r"indexer\.[kq]_proj\.weight", "a small indexer projection"),
-    (r"time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight", "small RWKV mix"),
+    (
+        r"time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight",
+        "small RWKV mix",
+    ),
     (r"attn_rel_b\.weight", "a relative position bias"),
     (
         r"\.position_embd|sam\.pos_embd|sam\.neck\.|sam\.net_|\.rel_pos|\.patch_embd|\.patch_merger",
@@ -360,6 +362,6 @@ def require_float_source(inventory: Inventory, allow_requantize: bool) -> None:
         return
     kinds = sorted({t.qtype.name for t in inventory.tensors if t.qtype.is_quantized})
     raise UnsupportedModelError(
-        f"{inventory.files[0]}: already quantised ({', '.join(kinds)}); what that lost stays lost and "
-        "is not counted; use an F16, BF16 or F32 model, or say --allow-requantize"
+        f"{inventory.files[0]}: already quantised ({', '.join(kinds)}); what that lost stays "
+        "lost and is not counted; use an F16, BF16 or F32 model, or say --allow-requantize"
     )

@@ -77,7 +77,9 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
         gap = max(0.0, (ceiling - bound) / ceiling) if ceiling > 0 else 0.0
         return Solution(rounded_choice, ceiling, gap, time.perf_counter() - started)
     kept = [
-        _within_reach(costs[i], [limit.costs[i] for limit in limits], prices, kept[i], ceiling - bound)
+        _within_reach(
+            costs[i], [limit.costs[i] for limit in limits], prices, kept[i], ceiling - bound
+        )
         for i in range(len(costs))
     ]
     programme = _Programme(costs, limits, kept)
@@ -212,7 +214,9 @@ def _within_reach(
         start=np.zeros(len(keep)),
     )
     extra = reduced - reduced.min()
-    return keep[extra <= slack * (1 + 1e-9) + 1e-12 * abs(float(reduced.min()))]
+    within = extra <= slack * (1 + 1e-9) + 1e-12 * abs(float(reduced.min()))
+    reachable: npt.NDArray[np.intp] = keep[np.asarray(within)]
+    return reachable
 
 
 def _repaired(choice: Choice, costs: Sequence[Doubles], limits: Sequence[Limit]) -> Choice | None:

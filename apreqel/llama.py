@@ -226,7 +226,7 @@ Listener = Callable[[str, Floats, "Tokens | None"], None]
 
 
 class LoadedModel:
-    """One model in llama.cpp. A context manager; contexts are made from it, one thread at a time."""
+    """One model in llama.cpp. A context manager; use its contexts one thread at a time."""
 
     def __init__(self, path: Path, *, patchable: bool = False) -> None:
         """Load `path`, on the CPU. Raises EngineError where llama.cpp cannot.
@@ -431,7 +431,7 @@ def _read_tensor(pointer: int, dtype: np.dtype[Any]) -> Any:
     else:
         raw = (ctypes.c_char * extent)()
         ggml.ggml_backend_tensor_get(pointer, raw, 0, extent)
-    return np.ndarray(shape, dtype, raw, strides=strides)
+    return np.ndarray(shape, dtype, memoryview(raw), strides=strides)
 
 
 def _buffer_of(tensor: Any) -> int:
@@ -469,7 +469,9 @@ def stock_quantize(
     c = library()
     presets = stock_presets()
     if preset.upper() not in presets:
-        raise EngineError(f"preset '{printable(preset)}' is unknown; there are {', '.join(presets)}")
+        raise EngineError(
+            f"preset '{printable(preset)}' is unknown; there are {', '.join(presets)}"
+        )
     params = c.llama_model_quantize_default_params()
     params.ftype, params.nthread = presets[preset.upper()], n_threads
     params.allow_requantize, params.dry_run = allow_requantize, dry_run

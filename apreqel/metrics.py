@@ -90,11 +90,15 @@ def compare(
         log_p_next -= np.log(total)
         p /= total[:, None].astype(np.float32)
         d -= _row_dots(p, d)[:, None]
+        rest = _row_dots(p, d).astype(np.float64)  # what rounding left of sum(p d)
         d_next = d[index, next_tokens[rows]].astype(np.float64)
-        np.exp(d, out=d)
-        d -= 1
-        kld[rows] = np.log1p(_row_dots(p, d).astype(np.float64))
-        nll[rows] = kld[rows] - d_next - log_p_next
+        grown = np.exp(d)
+        grown -= 1
+        grown -= d
+        # log sum(p exp(d)), with the first-order part, which is all rounding, taken out of the sum
+        log_sum = np.log1p(_row_dots(p, grown).astype(np.float64) + rest)
+        kld[rows] = log_sum - rest
+        nll[rows] = log_sum - d_next - log_p_next
 
     # list() brings an exception in a worker back to the caller.
     list(pool.map(block, range(0, n, _ROWS_AT_ONCE)))
@@ -103,7 +107,8 @@ def compare(
 
 def _row_dots(a: Floats, b: Floats) -> Floats:
     """Dot products of the rows; through BLAS, whose many partial sums keep float32 exact enough."""
-    return np.matmul(a[:, None, :], b[:, :, None])[:, 0, 0]
+    dots: Floats = np.matmul(a[:, None, :], b[:, :, None])[:, 0, 0]
+    return dots
 
 
 def estimate(values: npt.NDArray[np.float64], n_chunks: int) -> Estimate:

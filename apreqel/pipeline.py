@@ -14,9 +14,12 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from apreqel import artifacts, calibration, imatrix as imatrices, llama, plan as planning
+from apreqel import artifacts, calibration, llama, quantize
+from apreqel import imatrix as imatrices
+from apreqel import plan as planning
 from apreqel import profile as profiling
-from apreqel import quantize, sensitivity as sensitivities, verify as verification
+from apreqel import sensitivity as sensitivities
+from apreqel import verify as verification
 from apreqel.calibration import Text
 from apreqel.device import detect
 from apreqel.errors import ApreqelError, ArtifactError, ModelFileError, OutputError, UsageError
@@ -155,7 +158,9 @@ def measured(space: Workspace) -> tuple[Sensitivity, Imatrix] | None:
     if not state.complete or not imatrix.exists():
         return None
     if artifacts.file_sha256(imatrix) != state.imatrix_sha256:
-        raise ArtifactError(f"{imatrix}: is not the imatrix that was probed with; run apreqel probe")
+        raise ArtifactError(
+            f"{imatrix}: is not the imatrix that was probed with; run apreqel probe"
+        )
     return state, load_imatrix(space)
 
 
@@ -186,7 +191,9 @@ def load_plan(path: Path) -> tuple[Plan, Inventory]:
     made = Plan.load(path)
     model = Path(made.model_files[0])
     if not model.exists():
-        raise ModelFileError(f"{path}: its model {model} is gone; plan again where the model is now")
+        raise ModelFileError(
+            f"{path}: its model {model} is gone; plan again where the model is now"
+        )
     return made, read_inventory(model)
 
 

@@ -185,7 +185,9 @@ def build_options(
             row = [profile.option_seconds(tensor, inventory, t, decode=True) for t in options]
             seconds.append(np.array(row))
     own = {t.name: t.qtype.name for t in inventory.tensors}
-    in_place = sum(padded_bytes(t, t.qtype.name, inventory.alignment) for t in inventory.quantizable)
+    in_place = sum(
+        padded_bytes(t, t.qtype.name, inventory.alignment) for t in inventory.quantizable
+    )
     fixed = inventory.output_size(own, extra_metadata) - int(in_place)
     return Options(names, kinds, sizes, damages, seconds if profile else None, fixed)
 
@@ -321,9 +323,7 @@ def knee(options: Options, budget: int | None, quality: Sequence[Limit]) -> Solu
 
 def stock_map(inventory: Inventory, sensitivity: Sensitivity, preset: str) -> dict[str, str]:
     """What llama.cpp's preset would make of every tensor, for this model and imatrix."""
-    return llama.stock_types(
-        inventory.files[0], preset, has_imatrix_for=list(sensitivity.tensors)
-    )
+    return llama.stock_types(inventory.files[0], preset, has_imatrix_for=list(sensitivity.tensors))
 
 
 def stock_size(inventory: Inventory, types: Mapping[str, str]) -> int:
@@ -360,9 +360,7 @@ def tensor_type_lines(types: Mapping[str, str], inventory: Inventory) -> str:
 
     llama-quantize lower-cases the pattern and searches it as a regular expression.
     """
-    lines = [
-        f"^{re.escape(t.name)}$={types[t.name]}".lower() for t in inventory.quantizable
-    ]
+    lines = [f"^{re.escape(t.name)}$={types[t.name]}".lower() for t in inventory.quantizable]
     return "\n".join(lines) + "\n"
 
 
@@ -383,6 +381,4 @@ def size_from(text: str, inventory: Inventory) -> int:
     if text.upper() not in llama.stock_presets():
         return parse_size(text)
     names = [t.name for t in inventory.quantizable]
-    return stock_size(
-        inventory, llama.stock_types(inventory.files[0], text, has_imatrix_for=names)
-    )
+    return stock_size(inventory, llama.stock_types(inventory.files[0], text, has_imatrix_for=names))

@@ -1,6 +1,6 @@
 """The running model that probes are made on: one load, weights swapped underneath it.
 
-A scratch copy of the model in a float type is mapped by llama.cpp. A probe writes the fake-quantised
+A scratch copy of the model in a float type is mapped by llama.cpp. A probe writes fake-quantised
 values of one tensor (or several) into that file through a second map, evaluates the probe tokens,
 compares the logits with the reference's, and writes the old values back.
 """
@@ -127,7 +127,7 @@ class ProbeBench:
     # -- evaluation --
 
     def logits(self, tokens: TokenSet) -> Iterator[tuple[slice, Floats]]:
-        """Logits of the scored positions, decode by decode: (range of positions, [n, vocabulary])."""
+        """Logits of the scored positions: (range of positions, [n, vocabulary]) per decode."""
         step, per_chunk = self._context.n_sequences, tokens.n_scored // tokens.n_chunks
         for start in range(0, tokens.n_chunks, step):
             part = tokens.tokens[start : start + step]
@@ -144,7 +144,9 @@ class ProbeBench:
         )
         for rows, logits in self.logits(tokens):
             if not np.isfinite(logits).all():
-                raise EngineError(f"{self._context.model.path}: the unquantised model gives NaN or Inf logits")
+                raise EngineError(
+                    f"{self._context.model.path}: the unquantised model gives NaN or Inf logits"
+                )
             store[rows] = logits
         return Reference(store, tokens)
 

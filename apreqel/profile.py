@@ -122,7 +122,9 @@ class DeviceProfile:
             data["timings"] = {k: TypeTiming(**v) for k, v in data["timings"].items()}
             return cls(provenance, **data)
         except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: damaged device profile ({error}); measure again") from error
+            raise ArtifactError(
+                f"{path}: damaged device profile ({error}); measure again"
+            ) from error
 
 
 def is_multiplied(tensor: Tensor, inventory: Inventory) -> bool:

@@ -83,12 +83,21 @@ def quantize_model(
     size = inventory.output_size(types, extra_metadata)
     artifacts.require_space(output.absolute().parent, size, "the quantised model")
     started = time.monotonic()
-    with artifacts.lock(output.with_name(f".{output.name}.lock")), tempfile.TemporaryDirectory(
-        prefix="apreqel-"
-    ) as folder:
+    with (
+        artifacts.lock(output.with_name(f".{output.name}.lock")),
+        tempfile.TemporaryDirectory(prefix="apreqel-") as folder,
+    ):
         try:
             job = _write_job(
-                Path(folder), inventory, types, output, imatrix, extra_metadata, size, n_threads, force
+                Path(folder),
+                inventory,
+                types,
+                output,
+                imatrix,
+                extra_metadata,
+                size,
+                n_threads,
+                force,
             )
             report = _run(job, output, on_progress)
             check_written(inventory, types, output)
@@ -106,8 +115,8 @@ def check_map(inventory: Inventory, types: Mapping[str, str], imatrix: Imatrix |
     absent = [name for name in types if name not in inventory.by_name]
     if absent:
         raise UsageError(
-            f"{len(absent)} tensors of the map are not in the model, first '{printable(absent[0])}'; "
-            "the map belongs to another model"
+            f"{len(absent)} tensors of the map are not in the model, first "
+            f"'{printable(absent[0])}'; the map belongs to another model"
         )
     left_out = [t.name for t in inventory.tensors if t.name not in types]
     if left_out:
@@ -224,7 +233,10 @@ def _run(job: Path, output: Path, on_progress: Progress | None) -> dict[str, Any
     tensor = ""
     # Its own session: Ctrl-C reaches only this process, which then stops the child in order.
     with subprocess.Popen(
-        [program_path(), job], stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        [program_path(), job],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
     ) as child:
         assert child.stdout is not None and child.stderr is not None
         try:

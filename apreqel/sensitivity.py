@@ -1,7 +1,7 @@
 """How much the model suffers from each tensor in each quant type: measured, and resumable.
 
 Damage is KL divergence from the unquantised model, in nats per token. Every tensor gets at least
-one probe; other types of it are predicted from that probe by KLD(t) = a e(t), with e(t) the relative
+one probe; its other types are predicted from that probe by KLD(t) = a e(t), with e(t) the relative
 output error (see `probing.OutputErrors`). Where that would decide a plan, further probes are made:
 for plans along a ladder of sizes, the (tensor, type) pairs that carry most predicted damage.
 """
@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apreqel import artifacts, calibration, imatrix as imatrices, llama, probing
+from apreqel import artifacts, calibration, llama, probing
+from apreqel import imatrix as imatrices
 from apreqel.artifacts import Provenance
 from apreqel.errors import ArtifactError, CalibrationError, Interrupted
 from apreqel.knapsack import Limit, solve
@@ -383,9 +384,7 @@ class _Run:
 
 def first_type(kinds: Sequence[QuantType], errors: Mapping[str, float]) -> QuantType:
     """The type nearest to 4.5 bits per weight; among equals the one with the least error."""
-    return min(
-        kinds, key=lambda q: (abs(q.bits_per_weight - _FIRST_PROBE_BITS), errors[q.name])
-    )
+    return min(kinds, key=lambda q: (abs(q.bits_per_weight - _FIRST_PROBE_BITS), errors[q.name]))
 
 
 def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list[tuple[str, str]]:

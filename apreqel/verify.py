@@ -93,7 +93,9 @@ class Versus:
         if high < 1:
             quality = f"closer to the original ({self.kld_ratio:.2f} x its KL divergence)"
         elif low > 1:
-            quality = f"NOT better: farther from the original ({self.kld_ratio:.2f} x its divergence)"
+            quality = (
+                f"NOT better: farther from the original ({self.kld_ratio:.2f} x its divergence)"
+            )
         else:
             quality = (
                 f"not shown to be closer or farther ({self.kld_ratio:.2f} x its KL divergence, "
@@ -177,7 +179,9 @@ def verify(
     folder.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
     with tempfile.TemporaryDirectory(prefix="verify-", dir=folder) as scratch:
-        reference, tokens = _reference(paths[0], text, settings, n_threads, Path(scratch), on_progress)
+        reference, tokens = _reference(
+            paths[0], text, settings, n_threads, Path(scratch), on_progress
+        )
         for i, (label, path) in enumerate(zip(labels, paths, strict=True)):
             on_progress(f"evaluating {label}", i, len(labels))
             comparisons.append(_compare(path, tokens, reference, settings, n_threads))
@@ -253,9 +257,10 @@ def _compare(
 ) -> Comparison:
     following = tokens.next_tokens.reshape(-1)
     parts = []
-    with _running(path, settings, n_threads) as (model, context), ThreadPoolExecutor(
-        n_threads
-    ) as pool:
+    with (
+        _running(path, settings, n_threads) as (model, context),
+        ThreadPoolExecutor(n_threads) as pool,
+    ):
         if model.n_vocab != reference.shape[1]:
             raise VerificationError(
                 f"{path}: has {model.n_vocab} tokens in its vocabulary, the original "
@@ -314,9 +319,7 @@ def _speeds(
     n_ctx = settings.n_prompt + settings.n_generated
     for repetition in range(settings.repetitions):
         for i, path in enumerate(paths):
-            on_progress(
-                "timing", repetition * len(paths) + i, settings.repetitions * len(paths)
-            )
+            on_progress("timing", repetition * len(paths) + i, settings.repetitions * len(paths))
             with llama.LoadedModel(path) as model, model.context(n_ctx, 1, n_threads) as context:
                 context.seconds(8, 2)  # brings the weights in
                 prefill[i].append(settings.n_prompt / context.seconds(settings.n_prompt, 0))

@@ -47,7 +47,7 @@ def _tokenizer(writer: GGUFWriter) -> int:
 
 def _matrix(random: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
     """[..., rows, columns]: rank 8 plus noise, with a few columns ten times as large."""
-    *_, rows, columns = shape
+    columns = shape[-1]
     low = random.standard_normal((*shape[:-1], 8)) @ random.standard_normal((8, columns)) / 8**0.5
     values = (low + 0.5 * random.standard_normal(shape)) / columns**0.5
     values[..., random.choice(columns, 3, replace=False)] *= 3

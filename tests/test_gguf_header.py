@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import gguf
@@ -30,8 +31,8 @@ def tensor(name: str | bytes, dims: list[int], kind: int = 0, offset: int = 0) -
 
 
 def gguf_bytes(
-    pairs: list[bytes] = [],
-    tensors: list[bytes] = [],
+    pairs: Sequence[bytes] = (),
+    tensors: Sequence[bytes] = (),
     data: int = 0,
     *,
     version: int = 3,
@@ -41,7 +42,7 @@ def gguf_bytes(
 ) -> bytes:
     n_kv = len(pairs) if n_kv is None else n_kv
     n_tensors = len(tensors) if n_tensors is None else n_tensors
-    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_kv) + b"".join(pairs + tensors)
+    head = b"GGUF" + struct.pack("<IQQ", version, n_tensors, n_kv) + b"".join([*pairs, *tensors])
     return head + bytes(-len(head) % alignment + data)
 
 

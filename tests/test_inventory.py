@@ -96,7 +96,9 @@ def test_faulty_split_models(split_model: list[Path], tmp_path: Path) -> None:
 
 def test_quantised_source_only_when_asked(tmp_path: Path) -> None:
     inventory = read_inventory(models.build(tmp_path / "q8.gguf", kind="Q8_0"))
-    with pytest.raises(UnsupportedModelError, match=r"already quantised \(Q8_0\).*--allow-requantize"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"already quantised \(Q8_0\).*--allow-requantize"
+    ):
         require_float_source(inventory, allow_requantize=False)
     require_float_source(inventory, allow_requantize=True)
 

@@ -1,4 +1,4 @@
-"""The C quantiser against llama_model_quantize, byte for byte, and against everything that fails."""
+"""The C quantiser against llama_model_quantize, byte for byte, and against what can fail."""
 
 from __future__ import annotations
 
@@ -78,9 +78,7 @@ def expect_same_as_llama(model: Path, kind: str, folder: Path, with_imatrix: boo
     kinds = registry()
     patterns = [(f"^{t.name}$", kinds[types[t.name]].ggml_id) for t in inventory.quantizable]
     weights = {n: imatrix.weights(n) for n in imatrix.entries} if imatrix else {}
-    llama.stock_quantize(
-        model, theirs, "Q8_0", imatrix=weights, n_threads=2, tensor_types=patterns
-    )
+    llama.stock_quantize(model, theirs, "Q8_0", imatrix=weights, n_threads=2, tensor_types=patterns)
     assert tensor_bytes(ours) == tensor_bytes(theirs)
     assert ours.stat().st_size == inventory.output_size(types) == theirs.stat().st_size
 
@@ -137,8 +135,14 @@ def test_shards_become_one_file(split_model: list[Path], tmp_path: Path) -> None
 # --- refused before anything is written ----------------------------------------------------------
 
 
-def expect_refused(error: type[Exception], match: str, inventory: Inventory, types: dict[str, str],
-                   output: Path, **options: object) -> None:
+def expect_refused(
+    error: type[Exception],
+    match: str,
+    inventory: Inventory,
+    types: dict[str, str],
+    output: Path,
+    **options: object,
+) -> None:
     before = output.read_bytes() if output.is_file() else None
     with pytest.raises(error, match=match):
         quantize.quantize_model(inventory, types, output, **options)  # type: ignore[arg-type]
@@ -149,23 +153,44 @@ def expect_refused(error: type[Exception], match: str, inventory: Inventory, typ
 def test_maps_that_do_not_fit(llama_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(llama_model)
     own, output = own_types(inventory), tmp_path / "o.gguf"
-    expect_refused(UsageError, "not in the model, first 'blk.9.x'", inventory,
-                   own | {"blk.9.x": "Q8_0"}, output)
+    expect_refused(
+        UsageError,
+        "not in the model, first 'blk.9.x'",
+        inventory,
+        own | {"blk.9.x": "Q8_0"},
+        output,
+    )
     short = dict(own)
     del short["blk.1.ffn_up.weight"]
-    expect_refused(UsageError, "leaves out 1 tensors, first 'blk.1.ffn_up.weight'", inventory,
-                   short, output)
-    expect_refused(UsageError, "must stay F32: one-dimensional", inventory,
-                   own | {"output_norm.weight": "Q8_0"}, output)
-    expect_refused(CalibrationError, "IQ2_XXS needs an imatrix", inventory,
-                   own | {"blk.0.ffn_up.weight": "IQ2_XXS"}, output)
+    expect_refused(
+        UsageError, "leaves out 1 tensors, first 'blk.1.ffn_up.weight'", inventory, short, output
+    )
+    expect_refused(
+        UsageError,
+        "must stay F32: one-dimensional",
+        inventory,
+        own | {"output_norm.weight": "Q8_0"},
+        output,
+    )
+    expect_refused(
+        CalibrationError,
+        "IQ2_XXS needs an imatrix",
+        inventory,
+        own | {"blk.0.ffn_up.weight": "IQ2_XXS"},
+        output,
+    )
 
 
 def test_rows_too_odd_for_a_type(rows_576_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(rows_576_model)
     types = own_types(inventory) | {"blk.0.attn_q.weight": "Q4_K"}
-    expect_refused(UsageError, "cannot hold rows of 576; it can be .*Q5_1", inventory, types,
-                   tmp_path / "o.gguf")
+    expect_refused(
+        UsageError,
+        "cannot hold rows of 576; it can be .*Q5_1",
+        inventory,
+        types,
+        tmp_path / "o.gguf",
+    )
 
 
 def test_output_that_exists_or_is_the_input(llama_model: Path, tmp_path: Path) -> None:
@@ -187,7 +212,9 @@ def test_output_that_exists_or_is_the_input(llama_model: Path, tmp_path: Path) -
 def test_quantised_source_is_refused(tmp_path: Path) -> None:
     inventory = read_inventory(models.build(tmp_path / "q8.gguf", kind="Q8_0"))
     types = uniform(inventory, "Q4_0")
-    expect_refused(UnsupportedModelError, "already quantised", inventory, types, tmp_path / "o.gguf")
+    expect_refused(
+        UnsupportedModelError, "already quantised", inventory, types, tmp_path / "o.gguf"
+    )
     quantize.quantize_model(inventory, types, tmp_path / "o.gguf", allow_requantize=True)
 
 
@@ -200,16 +227,26 @@ def test_nan_names_tensor_and_row(bad: float, kind: str, llama_model: Path, tmp_
     values = np.memmap(source, np.float16, "r+", tensor.offset, (tensor.n_rows, tensor.row_length))
     values[137, 5] = bad
     values.flush()
-    expect_refused(ModelFileError, r"tensor blk.1.ffn_down.weight: row 137: NaN or Inf", inventory,
-                   uniform(inventory, kind), tmp_path / "o.gguf")
+    expect_refused(
+        ModelFileError,
+        r"tensor blk.1.ffn_down.weight: row 137: NaN or Inf",
+        inventory,
+        uniform(inventory, kind),
+        tmp_path / "o.gguf",
+    )
 
 
 def test_source_cut_while_in_use(llama_model: Path, tmp_path: Path) -> None:
     source = Path(shutil.copy(llama_model, tmp_path / "m.gguf"))
     inventory = read_inventory(source)
     os.truncate(source, source.stat().st_size // 2)
-    expect_refused(ModelFileError, "changed while in use", inventory,
-                   uniform(inventory, "Q8_0"), tmp_path / "o.gguf")
+    expect_refused(
+        ModelFileError,
+        "changed while in use",
+        inventory,
+        uniform(inventory, "Q8_0"),
+        tmp_path / "o.gguf",
+    )
 
 
 def test_no_space_is_found_before_the_start(
@@ -218,8 +255,9 @@ def test_no_space_is_found_before_the_start(
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     inventory = read_inventory(llama_model)
-    expect_refused(OutputError, "needs .* MB of disk", inventory, own_types(inventory),
-                   tmp_path / "o.gguf")
+    expect_refused(
+        OutputError, "needs .* MB of disk", inventory, own_types(inventory), tmp_path / "o.gguf"
+    )
 
 
 def test_write_error_leaves_nothing(llama_model: Path, tmp_path: Path) -> None:
@@ -227,8 +265,13 @@ def test_write_error_leaves_nothing(llama_model: Path, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
     try:
-        expect_refused(OutputError, "cannot hold a file of this size", inventory,
-                       uniform(inventory, "Q8_0"), tmp_path / "o.gguf")
+        expect_refused(
+            OutputError,
+            "cannot hold a file of this size",
+            inventory,
+            uniform(inventory, "Q8_0"),
+            tmp_path / "o.gguf",
+        )
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert not (tmp_path / "o.gguf").exists()
@@ -279,7 +322,7 @@ def test_check_written_sees_a_wrong_byte(llama_model: Path, tmp_path: Path) -> N
     inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
     types = uniform(inventory, "Q8_0") | {"output.weight": "F16"}
     quantize.quantize_model(inventory, types, output)
-    with pytest.raises(VerificationError, match="expected .*'Q4_0'"):
+    with pytest.raises(VerificationError, match=r"expected .*'Q4_0'"):
         quantize.check_written(inventory, types | {"blk.0.attn_k.weight": "Q4_0"}, output)
     place = read_inventory(output).by_name["output.weight"].offset + 4321
     content = bytearray(output.read_bytes())

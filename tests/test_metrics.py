@@ -1,0 +1,75 @@
+"""Divergence, perplexity and intervals against their definitions in double precision."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from apreqel.metrics import Comparison, compare, estimate, ratio_interval
+
+
+def logits(random: np.random.Generator, n: int, vocabulary: int, spread: float = 3) -> np.ndarray:
+    return (spread * random.standard_normal((n, vocabulary)) + 7).astype(np.float32)
+
+
+def run(model: np.ndarray, reference: np.ndarray, following: np.ndarray) -> Comparison:
+    with ThreadPoolExecutor(2) as pool:
+        return compare(model, reference, following.astype(np.int32), pool)
+
+
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 0.1, 1.0])
+def test_equals_the_definition(noise: float) -> None:
+    random = np.random.default_rng(0)
+    reference = logits(random, 37, 5000)
+    model = reference + (noise * random.standard_normal(reference.shape)).astype(np.float32)
+    following = random.integers(0, 5000, 37)
+    result = run(model, reference, following)
+    p, q = (x.astype(np.float64) for x in (reference, model))
+    p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
+    q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
+    expected = (np.exp(p) * (p - q)).sum(axis=1)
+    np.testing.assert_allclose(result.kld_nats, expected, rtol=2e-4, atol=4e-8)
+    np.testing.assert_allclose(result.nll_nats, -q[np.arange(37), following], rtol=1e-6, atol=1e-5)
+    assert (result.same_top1 == (p.argmax(axis=1) == q.argmax(axis=1))).all()
+
+
+def test_a_model_against_itself_is_zero() -> None:
+    reference = logits(np.random.default_rng(1), 64, 49152, spread=5)
+    result = run(reference.copy(), reference, np.zeros(64))
+    assert np.abs(result.kld_nats).max() == 0
+    assert result.same_top1.all()
+
+
+def test_a_shift_of_all_logits_changes_nothing() -> None:
+    reference = logits(np.random.default_rng(2), 16, 32000)
+    result = run(reference + np.float32(4), reference, np.zeros(16))
+    assert np.abs(result.kld_nats).max() < 5e-7  # a logit of 30 is held to 2e-6
+
+
+def test_nan_is_seen() -> None:
+    reference = logits(np.random.default_rng(3), 4, 100)
+    model = reference.copy()
+    model[2, 7] = np.nan
+    assert not run(model, reference, np.zeros(4)).is_finite
+
+
+def test_interval_covers_the_truth_nineteen_times_of_twenty() -> None:
+    random = np.random.default_rng(4)
+    hits = 0
+    for _ in range(400):
+        chunk_effects = np.repeat(random.normal(0, 1, 40), 25)
+        low, high = estimate(3 + chunk_effects + random.normal(0, 1, 1000), 40).interval
+        hits += low <= 3 <= high
+    assert 0.90 <= hits / 400 <= 0.98
+
+
+def test_paired_ratio_is_tighter_than_unpaired() -> None:
+    random = np.random.default_rng(5)
+    hard = np.repeat(np.exp(random.normal(0, 1, 40)), 25)
+    theirs = hard * np.exp(random.normal(0, 0.3, 1000))
+    ours = 0.5 * hard * np.exp(random.normal(0, 0.3, 1000))
+    ratio, low, high = ratio_interval(ours, theirs, 40)
+    assert low < 0.5 < high and high - low < 0.1
+    assert ratio == pytest.approx(ours.mean() / theirs.mean())
