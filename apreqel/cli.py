@@ -121,7 +121,7 @@ def probe(
     threads: Threads = None,
     text: Calibration = None,
     imatrix: ImatrixFile = None,
-    more: Annotated[int, typer.Option(min=0, help="Further probes where plans are decided.")] = 60,
+    more: Annotated[int, typer.Option(min=0, help="Further probes where plans are decided.")] = 48,
     allow_requantize: Requantize = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -310,7 +310,7 @@ def _threads(threads: int | None) -> int:
     return threads or default_threads()
 
 
-def _settings(more: int = 60) -> ProbeSettings:
+def _settings(more: int = 48) -> ProbeSettings:
     from apreqel.sensitivity import ProbeSettings
 
     return ProbeSettings(further_probes=more)

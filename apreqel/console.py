@@ -99,8 +99,9 @@ def _plain(value: Any) -> Any:
 def _print(*parts: Any) -> None:
     from rich.console import Console
 
-    # A pipe or a log has no width: never cut what it is given.
-    Console(highlight=False, width=None if sys.stdout.isatty() else 160).print(*parts, markup=False)
+    # A pipe or a log has no width: tables are not cut there, and text is never broken up.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    console.print(*parts, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
 
 
 def _table(*columns: str, title: str | None = None) -> Table:

@@ -252,6 +252,7 @@ def verify(
     expected: Plan | None = None,
 ) -> VerificationReport:
     """Measure `path` beside the original and the stock presets `against`."""
+    planning.require_presets(against)
     if expected is not None:
         verification.check_types(path, expected.types)
     files = {"apreqel": path}
@@ -305,6 +306,7 @@ def auto(
     force: bool,
 ) -> Everything:
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
+    planning.require_presets(against)
     output = output or default_output(space.inventory, space.folder, request.prefer)
     quantize.check_output(space.inventory, output, force or _is_ours(output))
     device_profile = profile(space)

@@ -376,6 +376,16 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * units[found[2].upper()])
 
 
+def require_presets(names: Sequence[str]) -> None:
+    """Raise UsageError where --against names no preset of llama.cpp."""
+    known = llama.stock_presets()
+    for name in names:
+        if name.upper() not in known:
+            raise UsageError(
+                f"--against {name!r}: there is no such preset; there are {', '.join(known)}"
+            )
+
+
 def size_from(text: str, inventory: Inventory) -> int:
     """--max-size: bytes, or the exact size of a stock preset of this model. Raises UsageError."""
     if text.upper() not in llama.stock_presets():

@@ -253,7 +253,7 @@ def _time_file(path: Path, n_threads: int, n_prompt: int, n_generated: int) -> _
     reading = _Reading([], [], 0, {})
     with (
         llama.LoadedModel(path) as model,
-        model.context(n_prompt + n_generated, 1, n_threads) as context,
+        model.context(max(n_prompt, 8) + n_generated, 1, n_threads) as context,
     ):
         context.seconds(n_prompt, 2)  # brings everything in
         before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt

@@ -53,7 +53,7 @@ class ProbeSettings:
     imatrix_ctx: int = 512
     probe_chunks: int = 8
     probe_ctx: int = 128
-    further_probes: int = 60
+    further_probes: int = 48
     seed: int = 0
 
 

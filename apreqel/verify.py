@@ -316,7 +316,7 @@ def _speeds(
     """Tokens/s of each file, the files taken in turn so that drift meets all alike."""
     prefill: list[list[float]] = [[] for _ in paths]
     decode: list[list[float]] = [[] for _ in paths]
-    n_ctx = settings.n_prompt + settings.n_generated
+    n_ctx = max(settings.n_prompt, 8) + settings.n_generated
     for repetition in range(settings.repetitions):
         for i, path in enumerate(paths):
             on_progress("timing", repetition * len(paths) + i, settings.repetitions * len(paths))

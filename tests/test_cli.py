@@ -1,0 +1,203 @@
+"""The command as people use it: exit codes, exact lines, JSON, the whole way on a tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import models
+
+from apreqel import errors
+from apreqel.inventory import read_inventory
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def apreqel(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "apreqel", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=600,
+    )
+
+
+def expect(code: int, message: str, *arguments: object) -> None:
+    done = apreqel(*arguments)
+    assert done.returncode == code, done.stderr
+    assert done.stdout == ""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("apreqel: ")]
+    assert len(lines) == 1 and message in lines[0], done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_and_version() -> None:
+    for command in (
+        [],
+        ["inspect"],
+        ["profile"],
+        ["probe"],
+        ["plan"],
+        ["quantize"],
+        ["verify"],
+        ["auto"],
+    ):
+        done = apreqel(*command, "--help")
+        assert done.returncode == 0 and "Usage:" in done.stdout, command
+    assert apreqel("--version").stdout.startswith("apreqel ")
+
+
+def test_each_failure_has_its_code_and_line(llama_model: Path, tmp_path: Path) -> None:
+    missing, page = tmp_path / "none.gguf", tmp_path / "page.gguf"
+    page.write_text("<!DOCTYPE html><html><body>404</body></html>")
+    quantised = models.build(tmp_path / "q8.gguf", kind="Q8_0")
+    expect(2, "No such command", "frobnicate")
+    expect(
+        2,
+        "--prefer 'speed': choose one of memory, latency",
+        "plan",
+        llama_model,
+        "--prefer",
+        "speed",
+        "--workdir",
+        tmp_path / "w",
+    )
+    expect(3, f"{missing}: no such file", "inspect", missing)
+    expect(3, "an HTML page (a failed download), not a GGUF file", "inspect", page)
+    expect(4, "already quantised (Q8_0)", "probe", quantised)
+    latin = tmp_path / "latin1.txt"
+    latin.write_bytes("déjà".encode("latin-1"))
+    expect(
+        5,
+        "not UTF-8 at byte 1 (line 1, value 0xe9)",
+        "probe",
+        llama_model,
+        "--text",
+        latin,
+        "--workdir",
+        tmp_path / "w",
+    )
+    expect(10, "no such plan file", "quantize", tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_text("{}")
+    expect(10, "field kind is None, expected 'apreqel plan'", "quantize", tmp_path / "plan.json")
+
+
+def test_codes_are_distinct_and_in_the_readme() -> None:
+    text = README.read_text()
+    codes = [error.exit_code for error in errors.all_errors()]
+    assert len(codes) == len(set(codes))
+    for error in errors.all_errors():
+        assert f"| {error.exit_code} | {error.meaning} |" in text, error
+
+
+def test_readme_shows_the_real_help() -> None:
+    listed = apreqel("--help").stdout.split("Commands:\n")[1].rstrip()
+    assert listed in README.read_text()
+
+
+def test_inspect(rows_576_model: Path, split_model: list[Path]) -> None:
+    shown = apreqel("inspect", rows_576_model).stdout
+    assert "tied: the output head is the token embedding" in shown
+    assert "rows of 576: no K- or IQ-types but IQ4_NL" in shown
+    assert "kept: one-dimensional" in shown
+    data = json.loads(apreqel("inspect", rows_576_model, "--json").stdout)
+    inventory = read_inventory(rows_576_model)
+    assert data["size_bytes"] == rows_576_model.stat().st_size
+    assert len(data["tensors"]) == len(inventory.tensors)
+    types = {t.name: "Q8_0" if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
+    assert data["bytes_by_type"]["Q8_0"]["file_bytes"] == inventory.output_size(types)
+    assert "split into 3 files" in apreqel("inspect", split_model[0]).stdout
+
+
+def test_the_whole_way_and_nothing_twice(rows_576_model: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copy(rows_576_model, tmp_path / "tiny.gguf"))
+    command = ["auto", model, "--target-bpw", "6", "--tokens", "300", "--json"]
+    done = apreqel(*command)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    output = Path(result["output"])
+    assert output == tmp_path / "tiny-apreqel-accuracy.gguf"
+    assert output.stat().st_size == result["plan"]["size_bytes"]
+    labels = [row["label"] for row in result["report"]["files"]]
+    assert labels == ["original", "apreqel", "stock Q4_K_M"]
+    written = {t.name: t.qtype.name for t in read_inventory(output).tensors}
+    assert written == result["plan"]["types"]
+    # Again: nothing is measured anew, the result is the same.
+    changed = output.stat().st_mtime_ns
+    started = time.monotonic()
+    again = apreqel(*command)
+    assert time.monotonic() - started < 30
+    assert json.loads(again.stdout)["report"] == result["report"]
+    assert "probing" not in again.stderr and "timing" not in again.stderr
+    assert output.stat().st_mtime_ns == changed
+    # Another size needs no new probe, and replaces apreqel's own file.
+    other = apreqel("auto", model, "--target-bpw", "7", "--tokens", "300", "--quiet")
+    assert other.returncode == 0 and str(output) in other.stdout.replace("\n", "")
+    assert "probing" not in other.stderr
+    # The steps by hand, on the same measurements.
+    folder = tmp_path / "tiny.gguf.apreqel"
+    assert apreqel("plan", model, "--prefer", "memory", "--max-kld", "0.5").returncode == 0
+    by_hand = tmp_path / "by-hand.gguf"
+    done = apreqel("quantize", folder / "plan.json", "-o", by_hand)
+    assert done.returncode == 0 and "every tensor re-read and as planned" in done.stdout
+    expect(7, "exists; use --force", "quantize", folder / "plan.json", "-o", by_hand)
+    done = apreqel(
+        "verify",
+        by_hand,
+        "--plan",
+        folder / "plan.json",
+        "--tokens",
+        "300",
+        "--no-speed",
+        "--against",
+        "Q8_0",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["versus"][0]["rival"] == "stock Q8_0"
+    expect(11, "the plan says", "verify", output, "--plan", folder / "plan.json", "--no-speed")
+    expect(
+        2,
+        "--against 'Q4_X': there is no such preset",
+        "verify",
+        by_hand,
+        "--model",
+        model,
+        "--against",
+        "Q4_X",
+        "--no-speed",
+    )
+    expect(6, "smallest possible file has", "plan", model, "--max-size", "100KB")
+
+
+def test_second_run_in_a_folder_and_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "apreqel", "probe", llama_model, "--workdir", tmp_path / "w"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
+        assert first.stderr is not None
+        for line in first.stderr:
+            if "imatrix" in line:
+                break
+        expect(
+            8, "another apreqel is at work here", "probe", llama_model, "--workdir", tmp_path / "w"
+        )
+        first.send_signal(signal.SIGINT)
+        rest = first.stderr.read()
+        assert first.wait() == 130
+        assert "apreqel: stopped" in rest and "Traceback" not in rest
+    assert not list((tmp_path / "w").glob("scratch-*"))
+
+
+def test_demo_needs_its_package(tmp_path: Path) -> None:
+    done = apreqel("inspect", "demo", cwd=tmp_path)
+    if done.returncode:
+        assert done.returncode == 2 and "pip install 'apreqel[demo]'" in done.stderr
+    else:
+        assert "The source is quantised already" in done.stdout
+    assert os.listdir(tmp_path) == []

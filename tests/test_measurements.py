@@ -1,0 +1,550 @@
+"""Imatrix, probes, plans, profiles and verification through the real llama.cpp on tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import models
+import numpy as np
+import pytest
+
+from apreqel import (
+    calibration,
+    imatrix,
+    llama,
+    plan,
+    probing,
+    profile,
+    quantize,
+    sensitivity,
+    verify,
+)
+from apreqel.artifacts import Provenance
+from apreqel.calibration import Text
+from apreqel.errors import (
+    ArtifactError,
+    CalibrationError,
+    InfeasiblePlanError,
+    Interrupted,
+    UnsupportedModelError,
+    UsageError,
+    VerificationError,
+)
+from apreqel.inventory import Inventory, read_inventory
+from apreqel.metrics import Estimate
+from apreqel.plan import PlanRequest
+from apreqel.qtypes import lookup
+from apreqel.sensitivity import ProbeSettings, Sensitivity, TensorSensitivity
+
+SHA = "0" * 64
+QUICK = ProbeSettings(
+    imatrix_chunks=4, imatrix_ctx=128, probe_chunks=4, probe_ctx=64, further_probes=4
+)
+
+
+def texts() -> list[Text]:
+    return calibration.bundled_texts()
+
+
+@pytest.fixture(scope="module", params=["llama", "rows_576", "moe", "split"])
+def probed(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Inventory, Path, Sensitivity]:
+    """A tiny model of each kind with its measurements."""
+    model = request.getfixturevalue(f"{request.param}_model")
+    inventory = read_inventory(model[0] if isinstance(model, list) else model)
+    folder = tmp_path_factory.mktemp(request.param)
+    state = sensitivity.measure(inventory, SHA, folder, texts=texts(), settings=QUICK, n_threads=2)
+    return inventory, folder, state
+
+
+def load_imatrix(folder: Path, inventory: Inventory) -> imatrix.Imatrix:
+    return imatrix.read_imatrix(folder / "imatrix.gguf", inventory)
+
+
+# --- probing -------------------------------------------------------------------------------------
+
+
+def test_every_tensor_is_probed(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+    inventory, folder, state = probed
+    assert state.complete and not state.excluded
+    assert set(state.tensors) == {t.name for t in inventory.quantizable}
+    assert all(t.probes for t in state.tensors.values())
+    assert state.n_probes == len(state.tensors) + QUICK.further_probes
+    assert abs(state.self_kld_nats) < 1e-7
+    assert not list(folder.glob("scratch-*"))
+    for known in state.tensors.values():
+        assert known.errors["Q8_0"] < known.errors["Q5_0"] < known.errors["Q4_0"]
+
+
+def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: Path) -> None:
+    """Hot-swapping is another way to what reloading a dequantised file gives: the same."""
+    inventory = read_inventory(llama_model)
+    names = ["blk.0.ffn_down.weight", "blk.1.attn_v.weight"]
+    with llama.LoadedModel(llama_model) as model:
+        tokens, _ = calibration.split_for_calibration(
+            model, texts(), imatrix_chunks=4, imatrix_ctx=64, probe_chunks=4, probe_ctx=64
+        )
+        with model.context(64, 2, 2) as context:
+            plain = [
+                context.evaluate(t, tokens.scored).copy() for t in tokens.tokens.reshape(2, 2, 64)
+            ]
+    with probing.scratch_copy(inventory, tmp_path, 2) as scratch:
+        with (
+            llama.LoadedModel(scratch, patchable=True) as model,
+            model.context(64, 2, 2) as context,
+        ):
+            bench = probing.ProbeBench(scratch, context, 2)
+            reference = bench.reference(tokens, tmp_path)
+            np.testing.assert_allclose(reference.logits, np.concatenate(plain), atol=2e-2)
+            swapped = bench.probe({n: lookup("Q4_0") for n in names}, reference)
+            again = bench.compare(reference)
+            bench.close()
+        assert np.abs(again.kld_nats).max() == 0  # everything was put back
+        quantised = tmp_path / "q.gguf"
+        types = {t.name: "Q4_0" if t.name in names else t.qtype.name for t in inventory.tensors}
+        quantize.quantize_model(inventory, types, quantised)
+        back = read_inventory(quantised)
+        dequantised = tmp_path / "d.gguf"
+        # F32, so that nothing is rounded again; llama.cpp itself does the dequantising.
+        llama.stock_quantize(
+            quantised,
+            dequantised,
+            "Q8_0",
+            imatrix={},
+            n_threads=2,
+            allow_requantize=True,
+            tensor_types=[(f"^{t.name}$", 1) for t in back.quantizable],
+        )
+        with (
+            llama.LoadedModel(dequantised, patchable=True) as model,
+            model.context(64, 2, 2) as context,
+        ):
+            bench = probing.ProbeBench(scratch, context, 2)
+            reloaded = bench.compare(reference)
+            bench.close()
+    assert swapped.kld_nats.mean() > 1e-5
+    np.testing.assert_allclose(swapped.kld_nats, reloaded.kld_nats, rtol=1e-3, atol=1e-7)
+
+
+def test_resumes_after_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
+    inventory, seen = read_inventory(llama_model), []
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == "probing tensors" and done == 7 and not seen:
+            seen.append(done)
+            raise KeyboardInterrupt
+
+    arguments = {"texts": texts(), "settings": QUICK, "n_threads": 2}
+    with pytest.raises(Interrupted, match="7 probes done; run the same command"):
+        sensitivity.measure(inventory, SHA, tmp_path, on_progress=interrupt, **arguments)
+    kept = Sensitivity.load(tmp_path / "sensitivity.json", SHA)
+    assert kept.n_probes == 7 and not kept.complete
+    done: list[int] = []
+    state = sensitivity.measure(
+        inventory,
+        SHA,
+        tmp_path,
+        **arguments,
+        on_progress=lambda what, n, _: done.append(n) if what == "probing tensors" else None,
+    )
+    assert done[0] == 7
+    whole = sensitivity.measure(inventory, SHA, tmp_path / "whole", **arguments)
+    for name, known in whole.tensors.items():
+        assert state.tensors[name].errors == pytest.approx(known.errors, rel=1e-5)
+        for kind, probe in known.probes.items():
+            assert state.tensors[name].probes[kind].mean == pytest.approx(probe.mean, rel=1e-3)
+    other = replace(QUICK, probe_chunks=2)
+    assert (
+        sensitivity.resumable(
+            tmp_path / "sensitivity.json",
+            replace(state.provenance, settings={**state.provenance.settings, "probe_chunks": 2}),
+            tmp_path / "imatrix.gguf",
+        )
+        is None
+    ), other
+    with pytest.raises(ArtifactError, match="made for the model with SHA-256"):
+        Sensitivity.load(tmp_path / "sensitivity.json", "1" * 64)
+
+
+def test_probe_that_gives_nan_is_left_out(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = probing.ProbeBench.probe
+    calls: list[str] = []
+
+    def broken(self, types, reference):  # type: ignore[no-untyped-def]
+        result = real(self, types, reference)
+        if "blk.0.attn_k.weight" in types:
+            calls.append("tried")
+            result.kld_nats[3] = np.nan
+        return result
+
+    monkeypatch.setattr(probing.ProbeBench, "probe", broken)
+    inventory = read_inventory(llama_model)
+    state = sensitivity.measure(
+        inventory, SHA, tmp_path, texts=texts(), settings=QUICK, n_threads=2
+    )
+    assert calls == ["tried", "tried"]
+    assert list(state.excluded.values()) == ["the probe gave NaN or Inf twice"]
+    with pytest.raises(CalibrationError, match=r"blk.0.attn_k.weight: no usable probe"):
+        sensitivity.require_probed(state, inventory)
+
+
+def test_damage_between_and_beyond_probes() -> None:
+    errors = {"A": 1e-4, "B": 1e-3, "C": 1e-2, "D": 1e-1}
+    one = TensorSensitivity(errors, {"C": Estimate(0.02, 0.001, 100)})
+    assert one.damage("C") == 0.02
+    assert one.damage("A") == pytest.approx(2e-4)  # a = 2 everywhere
+    two = TensorSensitivity(errors, {"A": Estimate(4e-4, 0, 9), "C": Estimate(0.01, 0, 9)})
+    assert two.damage("B") == pytest.approx(1e-3 * 2)  # a from 4 to 1, half way in log e
+    assert two.damage("D") == pytest.approx(0.1)
+
+
+# --- the imatrix ---------------------------------------------------------------------------------
+
+
+def test_imatrix_equals_sums_taken_from_numpy(tmp_path: Path) -> None:
+    """The attention input of layer 0 can be computed by hand: the normed embedding."""
+    path = models.build(tmp_path / "m.gguf", kind="F32")
+    inventory = read_inventory(path)
+    reader = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
+    collector = imatrix.ImatrixCollector(imatrix.n_matrices(inventory))
+    tokens = np.arange(128, dtype=np.int32).reshape(2, 64) % 250
+    token_set = calibration.TokenSet("t", tokens, 0, "")
+    with llama.LoadedModel(path) as model, model.context(64, 1, 2, collector) as context:
+        collected = imatrix.collect(context, collector, token_set)
+    x = reader["token_embd.weight"].reshape(-1, 256)[tokens.reshape(-1)].astype(np.float64)
+    x /= np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
+    x *= reader["blk.0.attn_norm.weight"]
+    entry = collected.entries["blk.0.attn_q.weight"]
+    np.testing.assert_allclose(entry.sums[0], (x**2).sum(axis=0), rtol=1e-4)
+    assert entry.counts.tolist() == [128]
+    assert set(collected.entries) == {t.name for t in inventory.quantizable} - {"token_embd.weight"}
+
+
+def test_tied_head_is_in_the_imatrix(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+    inventory, folder, _ = probed
+    entries = load_imatrix(folder, inventory).entries
+    assert ("token_embd.weight" if inventory.tied_embeddings else "output.weight") in entries
+
+
+def test_experts_are_counted_apart(moe_model: Path, tmp_path: Path) -> None:
+    inventory = read_inventory(moe_model)
+    sensitivity.measure(inventory, SHA, tmp_path, texts=texts(), settings=QUICK, n_threads=2)
+    entries = load_imatrix(tmp_path, inventory).entries
+    counts = entries["blk.0.ffn_up_exps.weight"].counts
+    assert counts.shape == (4,) and counts.sum() == 2 * 4 * 128  # two of four, 4 chunks of 128
+    assert len(set(counts.tolist())) > 1
+    assert entries["blk.0.ffn_down_exps.weight"].sums.shape == (4, 256)
+
+
+def test_llama_cpps_layout_of_the_file(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+    """As tools/imatrix writes it and common_imatrix_load reads it."""
+    inventory, folder, _ = probed
+    reader = gguf.GGUFReader(folder / "imatrix.gguf")
+    assert reader.fields["general.type"].contents() == "imatrix"
+    assert reader.fields["imatrix.chunk_count"].contents() == QUICK.imatrix_chunks
+    assert reader.fields["imatrix.chunk_size"].contents() == QUICK.imatrix_ctx
+    names = {t.name: t for t in reader.tensors}
+    for tensor in inventory.quantizable:
+        sums = names.get(f"{tensor.name}.in_sum2")
+        if sums is not None:
+            assert sums.shape.tolist() == [tensor.row_length, tensor.n_experts]
+            assert names[f"{tensor.name}.counts"].shape.tolist() == [1, tensor.n_experts]
+
+
+def test_bad_imatrix_files(llama_model: Path, rows_576_model: Path, tmp_path: Path) -> None:
+    inventory = read_inventory(llama_model)
+    name = "blk.0.attn_q.weight"
+
+    def write(name: str, sums: np.ndarray) -> Path:
+        entry = imatrix.ImatrixEntry(sums.astype(np.float32), np.ones(len(sums), np.float32))
+        imatrix.write_imatrix(tmp_path / "i.gguf", imatrix.Imatrix({name: entry}, ["x"], 1))
+        return tmp_path / "i.gguf"
+
+    assert imatrix.read_imatrix(write(name, np.ones((1, 256))), inventory).datasets == ("x",)
+    bad = np.ones((1, 256))
+    bad[0, 9] = np.nan
+    for sums, tensor, reason in (
+        (bad, name, "NaN or Inf"),
+        (-np.ones((1, 256)), name, "damaged sums"),
+        (np.ones((1, 128)), name, "needs 1 x 256"),
+        (np.ones((1, 256)), "blk.99.attn_q.weight", "another model's"),
+    ):
+        with pytest.raises(CalibrationError, match=reason):
+            imatrix.read_imatrix(write(tensor, sums), inventory)
+    with pytest.raises(CalibrationError, match="not 'imatrix'"):
+        imatrix.read_imatrix(rows_576_model, inventory)
+
+
+def test_zero_columns_and_unseen_experts_are_substituted_and_counted() -> None:
+    sums = np.array([[0, 4, 8, 0], [0, 0, 0, 0]], np.float32)
+    made = imatrix.Imatrix({"e": imatrix.ImatrixEntry(sums, np.array([2, 0], np.float32))})
+    assert made.weights("e").tolist() == [2, 2, 4, 2, 1, 1, 1, 1]
+    assert (made.coverage.n_zero_columns, made.coverage.n_unseen_experts) == (2, 1)
+    assert made.weights("absent") is None
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def test_calibration_and_probe_text_share_no_chunk(llama_model: Path) -> None:
+    with llama.LoadedModel(llama_model) as model:
+        fit, judge = calibration.split_for_calibration(
+            model, texts(), imatrix_chunks=10**6, imatrix_ctx=128, probe_chunks=9, probe_ctx=64
+        )
+    rows = {row.tobytes() for row in fit.tokens[:, :64]} | {
+        row.tobytes() for row in fit.tokens[:, 64:]
+    }
+    assert judge.n_chunks == 9 and not rows & {row.tobytes() for row in judge.tokens}
+
+
+def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "t.txt"
+    path.write_bytes(b"good line\nbad \xff line")
+    with pytest.raises(CalibrationError, match=r"not UTF-8 at byte 14 \(line 2, value 0xff\)"):
+        calibration.read_text(path)
+    path.write_text("Too short.")
+    with llama.LoadedModel(llama_model) as model:
+        with pytest.raises(CalibrationError, match=r"0 tokens; at least 384 are needed"):
+            calibration.split_for_calibration(
+                model,
+                [calibration.read_text(path)],
+                imatrix_chunks=4,
+                imatrix_ctx=128,
+                probe_chunks=4,
+                probe_ctx=64,
+            )
+        with pytest.raises(CalibrationError, match=r"scoring 1000 needs"):
+            calibration.verification_set(model, calibration.read_text(path), 512, 1000)
+
+
+# --- plans ---------------------------------------------------------------------------------------
+
+
+def make(inventory: Inventory, folder: Path, state: Sensitivity, **wishes: object) -> plan.Plan:
+    request = PlanRequest(**wishes)  # type: ignore[arg-type]
+    return plan.make_plan(inventory, state, load_imatrix(folder, inventory), request)
+
+
+def test_predicted_size_is_the_files(
+    probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path
+) -> None:
+    inventory, folder, state = probed
+    weights = load_imatrix(folder, inventory)
+    for wishes in ({"prefer": "memory"}, {"target_bpw": 6.0}, {"prefer": "balanced"}):
+        made = make(inventory, folder, state, **wishes)
+        output = tmp_path / f"{len(list(tmp_path.iterdir()))}.gguf"
+        quantize.quantize_model(
+            inventory, made.types, output, imatrix=weights, extra_metadata=made.extra_metadata()
+        )
+        assert output.stat().st_size == made.size_bytes
+        if "target_bpw" in wishes:
+            assert made.bits_per_weight <= 6.0
+
+
+def test_limits_hold_and_more_room_is_never_worse(
+    probed: tuple[Inventory, Path, Sensitivity],
+) -> None:
+    inventory, folder, state = probed
+    last = np.inf
+    smallest = make(inventory, folder, state, prefer="memory", max_kld_nats=1e9).size_bytes
+    for size in np.linspace(smallest, inventory.size_bytes, 6).astype(int).tolist():
+        made = make(inventory, folder, state, max_size_bytes=size)
+        assert made.size_bytes <= size and made.gap <= 1e-4
+        assert made.kld_nats <= last * (1 + 1e-4)
+        last = made.kld_nats
+    with pytest.raises(InfeasiblePlanError, match=rf"smallest possible file has {smallest} bytes"):
+        make(inventory, folder, state, max_size_bytes=smallest - 1)
+    floor = make(inventory, folder, state, prefer="memory", max_kld_nats=0.05)
+    assert floor.kld_nats <= 0.05
+
+
+def test_our_plan_beats_the_stock_map_in_prediction(
+    probed: tuple[Inventory, Path, Sensitivity],
+) -> None:
+    inventory, folder, state = probed
+    for preset in ("Q3_K_M", "Q4_K_M", "Q6_K"):
+        types = plan.stock_map(inventory, state, preset)
+        made = make(
+            inventory, folder, state, max_size_bytes=plan.stock_size(inventory, types) + 400
+        )
+        assert made.kld_nats <= plan.predicted_damage(state, types) * (1 + 1e-4)
+
+
+def test_llama_quantize_makes_the_same_tensors_from_the_type_file(
+    probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path
+) -> None:
+    inventory, folder, state = probed
+    weights = load_imatrix(folder, inventory)
+    made = make(inventory, folder, state, target_bpw=6.5)
+    lines = plan.tensor_type_lines(made.types, inventory).splitlines()
+    pairs = [line.split("=") for line in lines]
+    assert all(re.fullmatch(r"\^[a-z0-9_\\.]+\$=[a-z0-9_]+", line) for line in lines)
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    quantize.quantize_model(inventory, made.types, ours, imatrix=weights)
+    llama.stock_quantize(
+        inventory.files[0],
+        theirs,
+        "Q8_0",
+        n_threads=2,
+        imatrix={n: weights.weights(n) for n in weights.entries},
+        tensor_types=[(pattern, lookup(kind).ggml_id) for pattern, kind in pairs],
+    )
+    found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(theirs).tensors}
+    assert found == dict(made.types)
+    written = {t.name: t.data.tobytes() for t in gguf.GGUFReader(ours).tensors}
+    assert written == {t.name: t.data.tobytes() for t in gguf.GGUFReader(theirs).tensors}
+
+
+def test_plan_file_round_trip(probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path) -> None:
+    inventory, folder, state = probed
+    made = make(inventory, folder, state, target_bpw=6.0)
+    made.save(tmp_path / "plan.json")
+    assert plan.Plan.load(tmp_path / "plan.json", SHA).types == made.types
+    document = json.loads((tmp_path / "plan.json").read_text())
+    for change, reason in (
+        ({"schema_version": 99}, "schema_version 99"),
+        ({"kind": "apreqel sensitivity"}, "field kind"),
+        ({"data": {"types": {}}}, "damaged plan"),
+    ):
+        (tmp_path / "bad.json").write_text(json.dumps(document | change))
+        with pytest.raises(ArtifactError, match=reason):
+            plan.Plan.load(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("95MB", 95_000_000), ("1.5GiB", 1610612736), ("102400", 102400), ("2 kib", 2048)],
+)
+def test_sizes_people_write(text: str, expected: int) -> None:
+    assert plan.parse_size(text) == expected
+
+
+def test_sizes_nobody_means() -> None:
+    for text in ("", "MB", "1.2.3", "-5", "12 parsecs"):
+        with pytest.raises(UsageError):
+            plan.parse_size(text)
+
+
+# --- profiles ------------------------------------------------------------------------------------
+
+
+def test_profile_times_every_legal_type(llama_model: Path, tmp_path: Path) -> None:
+    inventory = read_inventory(llama_model)
+    measured = profile.measure_profile(
+        inventory,
+        SHA,
+        tmp_path,
+        n_threads=2,
+        n_prompt=16,
+        n_generated=4,
+        types=["F16", "Q8_0", "Q4_K", "IQ4_NL"],
+    )
+    assert list(measured.timings) == ["F16", "Q8_0", "Q4_K", "IQ4_NL"]
+    assert all(t.decode_seconds > 0 and t.repetitions >= 5 for t in measured.timings.values())
+    measured.save(tmp_path / "p.json")
+    loaded = profile.DeviceProfile.load(tmp_path / "p.json", SHA)
+    assert loaded.timings["Q4_K"].decode_seconds == measured.timings["Q4_K"].decode_seconds
+    types = {t.name: "Q8_0" if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
+    prefill, decode = loaded.seconds_per_token(inventory, types) or (0, 0)
+    assert prefill == pytest.approx(measured.timings["Q8_0"].prefill_seconds)
+    assert decode == pytest.approx(measured.timings["Q8_0"].decode_seconds)
+    assert loaded.seconds_per_token(inventory, types | {"output.weight": "Q2_K"}) is None
+
+
+def test_standard_shapes_run(tmp_path: Path) -> None:
+    measured = profile.measure_profile(
+        None, "", tmp_path, n_threads=2, n_prompt=4, n_generated=1, types=["Q4_0"]
+    )
+    assert measured.shapes == "standard" and measured.timings["Q4_0"].file_types == {"Q4_0": 1.0}
+
+
+def test_times_of_types_are_solved_from_mixed_files() -> None:
+    true = {"A": 2.0, "B": 1.0, "C": 5.0}
+    mixes = {"A": {"A": 1.0}, "B": {"B": 0.4, "A": 0.6}, "C": {"C": 0.25, "A": 0.5, "B": 0.25}}
+    files = {k: (mix, sum(s * true[t] for t, s in mix.items())) for k, mix in mixes.items()}
+    assert profile.solve_types(files) == pytest.approx(true)
+
+
+# --- verification --------------------------------------------------------------------------------
+
+
+def verified(inventory: Inventory, folder: Path, files: dict[str, Path], **options: object):  # type: ignore[no-untyped-def]
+    settings = verify.VerifySettings(
+        n_ctx=128, n_scored=500, n_prompt=16, n_generated=4, repetitions=2
+    )
+    return verify.verify(
+        inventory,
+        SHA,
+        files,
+        text=options.pop("text", calibration.heldout_text()),
+        calibration_texts=texts(),
+        settings=settings,
+        n_threads=2,
+        folder=folder,
+    )
+
+
+def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: Path) -> None:
+    inventory = read_inventory(llama_model)
+    files = {}
+    for kind in ("Q8_0", "Q4_0"):
+        types = {t.name: kind if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
+        files[kind] = tmp_path / f"{kind}.gguf"
+        quantize.quantize_model(inventory, types, files[kind])
+    report = verified(inventory, tmp_path, files)
+    original, good, poor = report.files
+    assert abs(original.kld.mean) < 1e-7 and original.top1.mean == 1
+    assert 0 < good.kld.mean < poor.kld.mean
+    assert good.kld_median <= good.kld_p999
+    assert report.versus[0].kld_ratio == pytest.approx(good.kld.mean / poor.kld.mean)
+    assert "closer to the original" in report.versus[0].verdict
+    assert original.speed is not None and original.speed.decode > 0
+    # The same perplexity and divergence, computed plainly.
+    nll, kld = [], []
+    with llama.LoadedModel(llama_model) as a, llama.LoadedModel(files["Q4_0"]) as b:
+        tokens = calibration.verification_set(a, calibration.heldout_text(), 128, 500)
+        with a.context(128, 1, 2) as p_context, b.context(128, 1, 2) as q_context:
+            for chunk in tokens.tokens:
+                p = p_context.evaluate(chunk[None], tokens.scored).astype(np.float64)
+                q = q_context.evaluate(chunk[None], tokens.scored).astype(np.float64)
+                p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
+                q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
+                kld += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+                nll += (-q[np.arange(len(q)), chunk[65:]]).tolist()
+    assert report.n_scored == len(kld)
+    assert poor.kld.mean == pytest.approx(np.mean(kld), rel=2e-3)
+    assert poor.perplexity == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
+    report.save(tmp_path / "report.json")
+    loaded = verify.VerificationReport.load(tmp_path / "report.json")
+    assert [f.kld for f in loaded.files] == [f.kld for f in report.files]
+
+
+def test_verification_refuses_calibration_text(llama_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedModelError, match="was used for calibration"):
+        verified(read_inventory(llama_model), tmp_path, {}, text=texts()[0])
+
+
+def test_verification_refuses_another_model(
+    llama_model: Path, rows_576_model: Path, tmp_path: Path
+) -> None:
+    types = {t.name: t.qtype.name for t in read_inventory(llama_model).tensors}
+    with pytest.raises(VerificationError, match="the plan says"):
+        verify.check_types(rows_576_model, types)
+
+
+def test_presets_are_built_once(llama_model: Path, tmp_path: Path) -> None:
+    source = Path(shutil.copy(llama_model, tmp_path / "m.gguf"))
+    inventory = read_inventory(source)
+    path = verify.build_preset(inventory, "q4_k_m", imatrix.Imatrix({}), tmp_path, 2)
+    changed = path.stat().st_mtime_ns
+    assert verify.build_preset(inventory, "Q4_K_M", imatrix.Imatrix({}), tmp_path, 2) == path
+    assert path.stat().st_mtime_ns == changed
+    assert Provenance(SHA).seed == 0
