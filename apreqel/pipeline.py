@@ -178,7 +178,9 @@ def plan(
     output: Path | None = None,
 ) -> tuple[Plan, Path]:
     """Make the plan; write it and its --tensor-type-file. Returns it with its path."""
-    made = planning.make_plan(space.inventory, state, imatrix, request, profile=device_profile)
+    made = planning.make_plan(
+        space.inventory, state, imatrix, request, space.folder, profile=device_profile
+    )
     path = output or space.folder / planning.PLAN_FILE
     made.save(path)
     lines = planning.tensor_type_lines(made.types, space.inventory)
@@ -206,22 +208,23 @@ def run_plan(
     allow_requantize: bool,
     on_progress: Progress,
 ) -> quantize.QuantizedModel:
-    """Quantise as planned in `path`, with the imatrix beside it."""
+    """Quantise as planned in `path`, with the imatrix of the folder it was made in."""
     made, inventory = load_plan(path)
-    digest = artifacts.model_sha256(inventory.files, path.parent / "model-hash.json")
+    folder = Path(made.workdir)
+    digest = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
     if digest != made.provenance.model_sha256:
         raise ArtifactError(
             f"{path}: made for the model with SHA-256 {made.provenance.model_sha256[:12]}, "
             f"{inventory.files[0]} now has {digest[:12]}; plan again"
         )
-    imatrix_path = path.parent / sensitivities.IMATRIX_FILE
+    imatrix_path = folder / sensitivities.IMATRIX_FILE
     if not imatrix_path.exists() or artifacts.file_sha256(imatrix_path) != made.imatrix_sha256:
         raise ArtifactError(f"{imatrix_path}: is not the imatrix of {path.name}; plan again")
     imatrix = imatrices.read_imatrix(imatrix_path, inventory)
     result = quantize.quantize_model(
         inventory,
         made.types,
-        output or default_output(inventory, path.parent, made.prefer),
+        output or default_output(inventory, folder, made.prefer),
         imatrix=imatrix,
         extra_metadata=made.extra_metadata(),
         n_threads=n_threads,
@@ -256,7 +259,10 @@ def verify(
     if expected is not None:
         verification.check_types(path, expected.types)
     files = {"apreqel": path}
-    used: Sequence[Text] = calibration.bundled_texts()
+    used = {t.sha256 for t in calibration.bundled_texts()}
+    state = space.folder / sensitivities.SENSITIVITY_FILE
+    if state.exists():
+        used |= set(Sensitivity.load(state, space.sha256).provenance.settings["texts"].values())
     if against:
         imatrix = load_imatrix(space)
         for i, preset in enumerate(against):
@@ -269,7 +275,7 @@ def verify(
         space.sha256,
         files,
         text=text,
-        calibration_texts=used,
+        calibration_sha256=used,
         settings=settings,
         n_threads=space.n_threads,
         folder=space.folder,

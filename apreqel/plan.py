@@ -72,6 +72,7 @@ class Plan:
     imatrix_sha256: str
     metadata: Mapping[str, str | int]
     model_files: Sequence[str]
+    workdir: str  # where the imatrix is
     seconds_per_token: Sequence[float] | None = None  # prefill, decode
     notes: Sequence[str] = field(default_factory=tuple)
 
@@ -216,6 +217,7 @@ def make_plan(
     sensitivity: Sensitivity,
     imatrix: Imatrix,
     request: PlanRequest,
+    workdir: Path,
     *,
     profile: DeviceProfile | None = None,
 ) -> Plan:
@@ -275,6 +277,7 @@ def make_plan(
         imatrix_sha256=sensitivity.imatrix_sha256,
         metadata=metadata,
         model_files=[str(f.resolve()) for f in inventory.files],
+        workdir=str(workdir.resolve()),
         seconds_per_token=profile.seconds_per_token(inventory, chosen) if profile else None,
         notes=tuple(plan_notes(sensitivity, chosen)),
     )

@@ -26,6 +26,7 @@ from apreqel.imatrix import Imatrix
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.metrics import Comparison, compare
 from apreqel.qtypes import QuantType, lookup, registry
+from apreqel.quantize import quantize_model
 
 Floats = npt.NDArray[np.float32]
 
@@ -57,7 +58,10 @@ def scratch_type(inventory: Inventory) -> QuantType:
 
 @contextmanager
 def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator[Path]:
-    """The model as one float file in `folder`, gone afterwards. Raises OutputError."""
+    """The model as one float file in `folder`, gone afterwards.
+
+    Written by the C program, which checks every weight. Raises OutputError, ModelFileError (NaN).
+    """
     target = scratch_type(inventory)
     types = {t.name: t.qtype.name for t in inventory.tensors}
     types |= {t.name: target.name for t in inventory.quantizable}
@@ -65,12 +69,7 @@ def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator
     place = Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
     try:
         path = place / "model.gguf"
-        if len(inventory.files) == 1 and types == {t.name: t.qtype.name for t in inventory.tensors}:
-            shutil.copyfile(inventory.files[0], path)
-        else:
-            from apreqel.quantize import quantize_model
-
-            quantize_model(inventory, types, path, n_threads=n_threads, allow_requantize=True)
+        quantize_model(inventory, types, path, n_threads=n_threads, allow_requantize=True)
         yield path
     finally:
         shutil.rmtree(place, ignore_errors=True)

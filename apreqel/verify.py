@@ -8,7 +8,7 @@ timings taken in turn.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -157,7 +157,7 @@ def verify(
     files: Mapping[str, Path],
     *,
     text: Text,
-    calibration_texts: Sequence[Text],
+    calibration_sha256: Collection[str],
     settings: VerifySettings,
     n_threads: int,
     folder: Path,
@@ -169,7 +169,7 @@ def verify(
     Raises UnsupportedModelError where `text` was used for calibration, CalibrationError where it
     is too short, EngineError where a file does not load or gives NaN.
     """
-    if text.sha256 in {t.sha256 for t in calibration_texts}:
+    if text.sha256 in calibration_sha256:
         raise UnsupportedModelError(
             f"{text.name}: was used for calibration; verify on another text"
         )

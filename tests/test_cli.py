@@ -16,12 +16,14 @@ import models
 from apreqel import errors
 from apreqel.inventory import read_inventory
 
+SCRIPT = Path(sys.executable).with_name("apreqel")
+COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "apreqel"]
 README = Path(__file__).parent.parent / "README.md"
 
 
 def apreqel(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "apreqel", *map(str, arguments)],
+        [*COMMAND, *map(str, arguments)],
         capture_output=True,
         text=True,
         cwd=cwd,
@@ -178,7 +180,7 @@ def test_the_whole_way_and_nothing_twice(rows_576_model: Path, tmp_path: Path) -
 
 
 def test_second_run_in_a_folder_and_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "apreqel", "probe", llama_model, "--workdir", tmp_path / "w"]
+    command = [*COMMAND, "probe", llama_model, "--workdir", tmp_path / "w"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
         for line in first.stderr:

@@ -330,7 +330,7 @@ def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
 
 def make(inventory: Inventory, folder: Path, state: Sensitivity, **wishes: object) -> plan.Plan:
     request = PlanRequest(**wishes)  # type: ignore[arg-type]
-    return plan.make_plan(inventory, state, load_imatrix(folder, inventory), request)
+    return plan.make_plan(inventory, state, load_imatrix(folder, inventory), request, folder)
 
 
 def test_predicted_size_is_the_files(
@@ -485,7 +485,7 @@ def verified(inventory: Inventory, folder: Path, files: dict[str, Path], **optio
         SHA,
         files,
         text=options.pop("text", calibration.heldout_text()),
-        calibration_texts=texts(),
+        calibration_sha256={t.sha256 for t in texts()},
         settings=settings,
         n_threads=2,
         folder=folder,

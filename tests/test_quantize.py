@@ -285,7 +285,7 @@ def test_second_run_on_one_output_stops(llama_model: Path, tmp_path: Path) -> No
         "sys.stdin.read()"
     )
     with subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
         expect_refused(LockedError, "another apreqel", inventory, own_types(inventory), output)
@@ -307,7 +307,9 @@ def test_kill_leaves_the_old_file_or_the_new(rows_576_model: Path, tmp_path: Pat
     delays = random.Random(3)
     for _ in range(8):
         with subprocess.Popen(
-            [sys.executable, "-c", script, rows_576_model, output], stdout=subprocess.PIPE
+            [sys.executable, "-c", script, rows_576_model, output],
+            stdout=subprocess.PIPE,
+            cwd=tmp_path,  # the installed package, not a checkout without the C program
         ) as child:
             assert child.stdout is not None and child.stdout.readline()
             time.sleep(delays.uniform(0, 0.5))
