@@ -81,8 +81,7 @@ def root(
 def inspect(model: Model, json: Json = False) -> None:
     """What a model holds: roles, shapes, legal types, exact bytes. Reads only headers."""
     from apreqel import console
-    from apreqel.inventory import read_inventory
-    from apreqel.pipeline import find_model
+    from apreqel.inventory import find_model, read_inventory
 
     inventory = read_inventory(find_model(model))
     if json:
@@ -215,14 +214,16 @@ def verify(
 ) -> None:
     """Measure a file beside the original and stock presets, on text that calibration never saw."""
     from apreqel import console, pipeline
+    from apreqel.inventory import find_model
     from apreqel.verify import VerifySettings
 
     expected, original = _expected(gguf, model, plan)
     settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
-    with _workspace(original, workdir, threads, True, quiet) as space:
+    folder = workdir or (Path(expected.workdir) if expected else None)
+    with _workspace(original, folder, threads, True, quiet) as space:
         report = pipeline.verify(
             space,
-            pipeline.find_model(str(gguf)),
+            find_model(str(gguf)),
             text=_verify_text(verify_text),
             against=against or [],
             settings=settings,

