@@ -96,7 +96,6 @@ class ImatrixCollector:
         self._n_matrices = n_matrices
         self._sums: dict[str, npt.NDArray[np.float64]] = {}
         self._counts: dict[str, npt.NDArray[np.float64]] = {}
-        self._last: tuple[int, Floats] | None = None
 
     def __call__(self, name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
         row_length = values.shape[-1]
