@@ -101,7 +101,12 @@ class Versus:
                 f"not shown to be closer or farther ({self.kld_ratio:.2f} x its KL divergence, "
                 f"95% interval {low:.2f} to {high:.2f})"
             )
-        return f"against {self.rival}: {quality}, at {self.size_ratio:.3f} x its bytes"
+        text = f"against {self.rival}: {quality}, at {self.size_ratio:.3f} x its bytes"
+        if self.prefill_ratio is not None and self.decode_ratio is not None:
+            text += (
+                f", prefill {self.prefill_ratio:.2f} x and decode {self.decode_ratio:.2f} x as fast"
+            )
+        return text
 
 
 @dataclass(frozen=True)

@@ -799,6 +799,32 @@ static void free_job(struct job *job) {
     pthread_mutex_destroy(&job->failure_lock);
 }
 
+/* Most memory that this process has held. Linux counts ru_maxrss from before exec, so its parent's
+ * memory would be in it; the high-water mark in /proc belongs to this program alone. */
+static int64_t peak_rss_bytes(void) {
+    struct rusage usage;
+#ifdef __linux__
+    char line[256];
+    long long kibibytes = -1;
+    FILE *status = fopen("/proc/self/status", "r");
+    while (status && kibibytes < 0 && fgets(line, sizeof line, status)) {
+        sscanf(line, "VmHWM: %lld kB", &kibibytes);
+    }
+    if (status) {
+        fclose(status);
+    }
+    if (kibibytes >= 0) {
+        return (int64_t)kibibytes * 1024;
+    }
+#endif
+    getrusage(RUSAGE_SELF, &usage);
+#ifdef __APPLE__
+    return (int64_t)usage.ru_maxrss; /* bytes */
+#else
+    return (int64_t)usage.ru_maxrss * 1024; /* KiB */
+#endif
+}
+
 /* Run the job table at `path`, report on stdout, and return the exit status. */
 int apreqel_quantize(const char *path);
 
@@ -813,13 +839,7 @@ int apreqel_quantize(const char *path) {
         printf("{\"event\":\"error\",\"code\":%d,%s}\n", status,
                job.failure_text[0] ? job.failure_text : "\"message\":\"unknown\"");
     } else {
-        struct rusage usage;
-        getrusage(RUSAGE_SELF, &usage);
-#ifdef __APPLE__
-        int64_t peak = usage.ru_maxrss; /* bytes */
-#else
-        int64_t peak = (int64_t)usage.ru_maxrss * 1024; /* KiB */
-#endif
+        int64_t peak = peak_rss_bytes();
         printf("{\"event\":\"done\",\"size_bytes\":%" PRId64 ",\"peak_rss_bytes\":%" PRId64 "}\n",
                job.size, peak);
     }
