@@ -383,7 +383,9 @@ def main() -> NoReturn:
         sys.exit(Interrupted.exit_code)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's usage errors
-            print(f"apreqel: {error.format_message()}", file=sys.stderr)
+            message = error.format_message()  # the help itself where nothing at all was asked
+            message = message if message.startswith("Usage:") else f"apreqel: {message}"
+            print(message, file=sys.stderr)
             sys.exit(UsageError.exit_code)
         raise
 

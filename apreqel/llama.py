@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from apreqel.errors import EngineError, printable
+from apreqel.errors import EngineError, UnsupportedModelError, printable
 
 if TYPE_CHECKING:
     from apreqel.qtypes import QuantType
@@ -152,10 +152,11 @@ def _listen_to_log(lines: list[str]) -> Iterator[None]:
         _log_lines = None
 
 
-def last_log() -> str:
-    """The last warning or error llama.cpp wrote, for messages."""
-    errors = [line for line in _log if line]
-    return printable(errors[-1], 200) if errors else "llama.cpp gave no reason"
+def reason() -> str:
+    """Why llama.cpp failed: the first error it wrote since the log was cleared, for messages."""
+    lines = [line for line in _log if line]
+    errors = [line for line in lines if "error" in line or "fail" in line] or lines
+    return printable(errors[0], 200) if errors else "llama.cpp gave no reason"
 
 
 # --- quant types in ggml -------------------------------------------------------------------------
@@ -241,8 +242,13 @@ class LoadedModel:
         params.n_gpu_layers = 0
         params.use_extra_bufts = not patchable
         self._model = c.llama_model_load_from_file(os.fsencode(path), params)
+        if not self._model and "unknown model architecture" in reason():
+            raise UnsupportedModelError(
+                f"{path}: {reason()}; this llama.cpp cannot run it, only apreqel inspect works; "
+                "update llama-cpp-python"
+            )
         if not self._model:
-            raise EngineError(f"{path}: llama.cpp cannot load it: {last_log()}")
+            raise EngineError(f"{path}: llama.cpp cannot load it: {reason()}")
         self._vocab = c.llama_model_get_vocab(self._model)
         self.n_vocab = int(c.llama_vocab_n_tokens(self._vocab))
 
@@ -320,7 +326,7 @@ class Context:
             params.cb_eval = self._callback
         self._context = c.llama_init_from_model(model._model, params)
         if not self._context:
-            raise EngineError(f"{model.path}: llama.cpp cannot make a context: {last_log()}")
+            raise EngineError(f"{model.path}: llama.cpp cannot make a context: {reason()}")
         self._batch = c.llama_batch_init(n_ctx * n_sequences, 0, 1)
 
     def close(self) -> None:
@@ -357,7 +363,7 @@ class Context:
             failure, self._failure = self._failure, None
             raise failure
         if code:
-            raise EngineError(f"{self.model.path}: llama_decode ended with {code}: {last_log()}")
+            raise EngineError(f"{self.model.path}: llama_decode ended with {code}: {reason()}")
 
     def seconds(self, n_prompt: int, n_generated: int) -> float:
         """Seconds for a prompt of `n_prompt` tokens, or for `n_generated` one by one after it.
@@ -490,7 +496,7 @@ def stock_quantize(
     _log.clear()
     code = c.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params))
     if code:
-        raise EngineError(f"{source}: llama_model_quantize to {preset} failed: {last_log()}")
+        raise EngineError(f"{source}: llama_model_quantize to {preset} failed: {reason()}")
 
 
 _DRY_RUN_NAME = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*\], type = +(\S+),")

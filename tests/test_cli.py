@@ -74,6 +74,12 @@ def test_each_failure_has_its_code_and_line(llama_model: Path, tmp_path: Path) -
     expect(3, f"{missing}: no such file", "inspect", missing)
     expect(3, "an HTML page (a failed download), not a GGUF file", "inspect", page)
     expect(4, "already quantised (Q8_0)", "probe", quantised)
+    future = tmp_path / "future.gguf"
+    content = llama_model.read_bytes().replace(
+        b"\x05" + bytes(7) + b"llama", b"\x05" + bytes(7) + b"LLAMA"
+    )
+    future.write_bytes(content)
+    expect(4, "unknown model architecture: 'LLAMA'", "probe", future)
     latin = tmp_path / "latin1.txt"
     latin.write_bytes("déjà".encode("latin-1"))
     expect(
