@@ -10,6 +10,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
+import signal
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -152,6 +154,30 @@ def _listen_to_log(lines: list[str]) -> Iterator[None]:
         _log_lines = None
 
 
+@contextmanager
+def _interrupts_deferred() -> Iterator[list[int]]:
+    """Note Ctrl-C while C code runs that calls back into Python; raise it once that has returned.
+
+    An exception that starts inside a ctypes callback is printed and lost, and a signal's handler
+    runs at the first bytecode of the next callback, which is just there.
+    """
+    noted: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield noted
+        return
+    kinds = signal.SIGINT, signal.SIGTERM
+    before = {kind: signal.getsignal(kind) for kind in kinds}
+    for kind in kinds:
+        signal.signal(kind, lambda number, _frame: noted.append(number))
+    try:
+        yield noted
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, signal.SIG_DFL if handler is None else handler)
+    if noted:
+        raise KeyboardInterrupt
+
+
 def reason() -> str:
     """Why llama.cpp failed: the first error it wrote since the log was cleared, for messages."""
     lines = [line for line in _log if line]
@@ -241,7 +267,8 @@ class LoadedModel:
         params = c.llama_model_default_params()
         params.n_gpu_layers = 0
         params.use_extra_bufts = not patchable
-        self._model = c.llama_model_load_from_file(os.fsencode(path), params)
+        with _interrupts_deferred():
+            self._model = c.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model and "unknown model architecture" in reason():
             raise UnsupportedModelError(
                 f"{path}: {reason()}; this llama.cpp cannot run it, only apreqel inspect works; "
@@ -314,6 +341,7 @@ class Context:
         self.model, self.n_ctx, self.n_sequences = model, n_ctx, n_sequences
         self._listener = listener
         self._failure: BaseException | None = None
+        self._interrupts: list[int] = []
         c = library()
         params = c.llama_context_default_params()
         params.n_ctx = params.n_batch = params.n_ubatch = n_ctx * n_sequences
@@ -358,7 +386,8 @@ class Context:
         return np.ctypeslib.as_array(logits, shape=(n_sequences * len(wanted), self.model.n_vocab))
 
     def _decode(self) -> None:
-        code = library().llama_decode(self._context, self._batch)
+        with _interrupts_deferred() as self._interrupts:
+            code = library().llama_decode(self._context, self._batch)
         if self._failure is not None:
             failure, self._failure = self._failure, None
             raise failure
@@ -399,6 +428,8 @@ class Context:
 
     def _on_eval(self, pointer: int, ask: bool, _user_data: object) -> bool:
         """ggml_backend_sched_eval_callback: asked first, then called with the data there."""
+        if self._interrupts:
+            return False  # ends the evaluation
         try:
             node = _tensor_at(pointer)
             operation = _operation_name(node.op)
@@ -494,7 +525,10 @@ def stock_quantize(
             override.pattern, override.type = pattern.encode(), ggml_id
         params.tt_overrides = overrides
     _log.clear()
-    code = c.llama_model_quantize(os.fsencode(source), os.fsencode(output), ctypes.byref(params))
+    with _interrupts_deferred():
+        code = c.llama_model_quantize(
+            os.fsencode(source), os.fsencode(output), ctypes.byref(params)
+        )
     if code:
         raise EngineError(f"{source}: llama_model_quantize to {preset} failed: {reason()}")
 
