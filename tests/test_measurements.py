@@ -463,7 +463,9 @@ def test_standard_shapes_run(tmp_path: Path) -> None:
     measured = profile.measure_profile(
         None, "", tmp_path, n_threads=2, n_prompt=4, n_generated=1, types=["Q4_0"]
     )
-    assert measured.shapes == "standard" and measured.timings["Q4_0"].file_types == {"Q4_0": 1.0}
+    assert measured.shapes == "standard" and measured.timings["Q4_0"].file_types == pytest.approx(
+        {"Q4_0": 1.0}
+    )
 
 
 def test_times_of_types_are_solved_from_mixed_files() -> None:
