@@ -24,11 +24,12 @@ from apreqel.errors import ArtifactError, LockedError, OutputError, printable
 
 # Raised by one whenever a reader of the old layout would misread the new one.
 SCHEMA_VERSIONS = {
-    "device-profile": 1,
+    "device-profile": 2,
     "sensitivity": 1,
-    "plan": 1,
+    "plan": 2,
     "verification": 1,
     "model-hash": 1,
+    "kv-cache": 1,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22

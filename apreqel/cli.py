@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -53,6 +54,42 @@ MaxSize = Annotated[
 ]
 TargetBpw = Annotated[float | None, typer.Option(min=1.0, max=32.0, help="Bits per weight.")]
 MaxKld = Annotated[float | None, typer.Option(min=0.0, help="Largest predicted KLD, in nats.")]
+MaxRam = Annotated[
+    str | None, typer.Option(help="Most memory of a run with --ctx filled: 500MB, 2GiB.")
+]
+RunCtx = Annotated[
+    str | None,
+    typer.Option("--ctx", help="Tokens of context to reckon memory with [4096], or max."),
+]
+MinDecode = Annotated[
+    float | None, typer.Option("--min-decode-tps", min=0.01, help="Least tokens/s generated.")
+]
+MinPrefill = Annotated[
+    float | None, typer.Option("--min-prefill-tps", min=0.01, help="Least tokens/s of a prompt.")
+]
+Workload = Annotated[
+    str, typer.Option(help="Tokens of prompt:answer, what --prefer latency makes fast.")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="memory=1,latency=1,accuracy=1 instead of --prefer: numbers for each."),
+]
+Fit = Annotated[
+    bool, typer.Option("--fit", help="Fit into the memory that is free here now, less a tenth.")
+]
+MaxDegradation = Annotated[str | None, typer.Option(help="Most predicted gain in perplexity: 1%.")]
+Pin = Annotated[
+    list[str] | None,
+    typer.Option(help="'pattern=TYPE' for tensors by name, as in 'blk.0.*=Q8_0'; repeatable."),
+]
+OnlyTypes = Annotated[str | None, typer.Option(help="Use these types only: Q4_0,Q8_0.")]
+ExcludeTypes = Annotated[str | None, typer.Option(help="Leave these types out: Q5_1,Q4_1.")]
+MaxTypeChanges = Annotated[
+    int | None, typer.Option(min=0, help="Most tensors in another type than in stock Q4_K_M.")
+]
+Device = Annotated[
+    str | None, typer.Option(help="Plan for another device: a name of 'profile list', or a file.")
+]
 Calibration = Annotated[
     list[Path] | None, typer.Option("--text", help="Calibration text instead of apreqel's own.")
 ]
@@ -92,25 +129,56 @@ def inspect(model: Model, json: Json = False) -> None:
 
 @app.command()
 def profile(
-    model: Annotated[str | None, typer.Argument(metavar="[MODEL]")] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(metavar="[MODEL|list|show]", help="A GGUF; 'list'; or 'show' NAME."),
+    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="For 'show'.")] = None,
     workdir: Workdir = None,
     threads: Threads = None,
     again: Annotated[bool, typer.Option("--again", help="Measure anew.")] = False,
+    device: Device = None,
+    export_to: Annotated[
+        Path | None, typer.Option("--export", help="Write the profile to this file.")
+    ] = None,
+    import_from: Annotated[
+        Path | None, typer.Option("--import", help="Take up another device's profile.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Tokens/s of every quant type on this device, for the model's shapes or standard ones."""
+    """Time every quant type on this device and predict a model's tokens/s in each.
+
+    Without MODEL, for the shapes of common small models. The number of threads is tuned, unless
+    given.
+    """
     from apreqel import console, pipeline
 
-    if model is None:
-        measured = _standard_profile(threads, quiet)
+    if import_from is not None:
+        console.show_profiles([pipeline.import_profile(import_from)])
+        return
+    if model == "list" and not Path(model).exists():
+        found = pipeline.list_profiles()
+        if json:
+            console.write_json([{"name": n, "path": str(p)} for n, p in found])
+        else:
+            console.show_profiles(found)
+        return
+    shown = model == "show" and not Path(model).exists()
+    if shown and name is None:
+        raise UsageError("profile show: which one? apreqel profile list names them")
+    if shown or device is not None:
+        measured, inventory = pipeline.named_profile(device or name or "", None if shown else model)
     else:
-        with _workspace(model, workdir, threads, True, quiet) as space:
-            measured = pipeline.profile(space, again=again)
+        measured, inventory = pipeline.profile_model(
+            model, workdir, threads, again=again, on_progress=_reporter(quiet)
+        )
+    if export_to is not None:
+        measured.save(export_to)
     if json:
-        console.write_json(measured)
+        console.write_json(console.profile_json(measured, inventory))
     else:
-        console.show_profile(measured)
+        console.show_profile(measured, inventory)
 
 
 @app.command()
@@ -142,9 +210,32 @@ def probe(
 def plan(
     model: Model,
     prefer: Prefer = "accuracy",
+    weights: Weights = None,
     max_size: MaxSize = None,
     target_bpw: TargetBpw = None,
     max_kld: MaxKld = None,
+    max_degradation: MaxDegradation = None,
+    max_ram: MaxRam = None,
+    fit: Fit = False,
+    ctx: RunCtx = None,
+    min_decode: MinDecode = None,
+    min_prefill: MinPrefill = None,
+    workload: Workload = "512:128",
+    pin: Pin = None,
+    only_types: OnlyTypes = None,
+    exclude_types: ExcludeTypes = None,
+    max_type_changes: MaxTypeChanges = None,
+    like: Annotated[Path | None, typer.Option(help="Copy the types of this GGUF.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="Types from a --tensor-type-file, --custom-q or recipe.")
+    ] = None,
+    front: Annotated[
+        bool, typer.Option("--front", help="Show all that can be had instead of one plan.")
+    ] = False,
+    ladder: Annotated[
+        int | None, typer.Option(min=2, max=100, help="Write this many plans, small to large.")
+    ] = None,
+    device: Device = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[plan.json]")] = None,
     workdir: Workdir = None,
     threads: Threads = None,
@@ -155,17 +246,51 @@ def plan(
     """Choose a quant type for every tensor; probes and profiles first where that is missing."""
     from apreqel import console, pipeline
 
+    wishes = dict(locals())
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
-        request = _request(space, prefer, max_size, target_bpw, max_kld)
+        request = _request(space, wishes)
         known = pipeline.measured(space)
         if known is None:
             known = pipeline.probe(space, settings=_settings(), texts=_texts(None))
-        timed = pipeline.profile(space) if prefer == "latency" else pipeline.saved_profile(space)
-        made, path = pipeline.plan(space, request, *known, timed, output)
-    if json:
-        console.write_json(made)
+        timed = pipeline.profile_for(space, request, device)
+        if front:
+            found = pipeline.front(space, request, *known, timed)
+        elif ladder:
+            steps = pipeline.ladder(space, request, *known, timed, ladder)
+        else:
+            made, path = pipeline.plan(space, request, *known, timed, output)
+    if front:
+        console.write_json(found) if json else console.show_front(found)
+    elif ladder:
+        console.write_json([p for p, _ in steps]) if json else console.show_ladder(steps)
     else:
-        console.show_plan(made, path)
+        console.write_json(made) if json else console.show_plan(made, path)
+
+
+@app.command()
+def explain(
+    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
+    tensor: Annotated[str | None, typer.Argument(metavar="[TENSOR]")] = None,
+    json: Json = False,
+) -> None:
+    """Why tensors got their types: damage, bytes and seconds in each type, and close choices."""
+    from apreqel import console, pipeline
+    from apreqel.explain import explain_tensor, nearest_exchange, nearest_exchanges, shares_by_role
+
+    solved, state, made, inventory = pipeline.explained(plan)
+    if tensor is not None:
+        rows = explain_tensor(solved, state, tensor)
+        exchange = nearest_exchange(solved, list(solved.options.names).index(tensor))
+        if json:
+            console.write_json({"types": rows, "exchange": exchange, "binding": made.binding})
+        else:
+            console.show_explained_tensor(made, tensor, rows, exchange)
+        return
+    shares, exchanges = shares_by_role(solved, inventory), nearest_exchanges(solved, 12)
+    if json:
+        console.write_json({"roles": shares, "exchanges": exchanges, "binding": made.binding})
+    else:
+        console.show_explained(made, shares, exchanges)
 
 
 @app.command()
@@ -186,7 +311,7 @@ def quantize(
     result = pipeline.run_plan(
         plan,
         output=output,
-        n_threads=_threads(threads),
+        n_threads=threads or pipeline.usual_threads(),
         force=force,
         allow_requantize=allow_requantize,
         on_progress=_reporter(quiet),
@@ -236,12 +361,56 @@ def verify(
 
 
 @app.command()
+def compare(
+    model: Model,
+    max_size: MaxSize = "Q4_K_M",
+    verify_text: VerifyText = None,
+    tokens: Scored = 3060,
+    no_speed: NoSpeed = False,
+    workdir: Workdir = None,
+    threads: Threads = None,
+    allow_requantize: Requantize = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Other ways to choose types at the same size: uniform, stock, by error, by score, ours."""
+    from apreqel import console, pipeline
+    from apreqel.plan import size_from
+    from apreqel.verify import VerifySettings
+
+    with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
+        report = pipeline.compare(
+            space,
+            size_from(max_size or "Q4_K_M", space.inventory),
+            text=_verify_text(verify_text),
+            settings=VerifySettings(n_scored=tokens, with_speed=not no_speed),
+        )
+    if json:
+        console.write_json(report)
+    else:
+        console.show_verification(report)
+
+
+@app.command()
 def auto(
     model: Model,
     prefer: Prefer = "accuracy",
+    weights: Weights = None,
     max_size: MaxSize = None,
     target_bpw: TargetBpw = None,
     max_kld: MaxKld = None,
+    max_degradation: MaxDegradation = None,
+    max_ram: MaxRam = None,
+    fit: Fit = False,
+    ctx: RunCtx = None,
+    min_decode: MinDecode = None,
+    min_prefill: MinPrefill = None,
+    workload: Workload = "512:128",
+    pin: Pin = None,
+    only_types: OnlyTypes = None,
+    exclude_types: ExcludeTypes = None,
+    max_type_changes: MaxTypeChanges = None,
+    device: Device = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The GGUF to write.")
     ] = None,
@@ -260,10 +429,12 @@ def auto(
     from apreqel import console, pipeline
     from apreqel.verify import VerifySettings
 
+    wishes = dict(locals())
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         result = pipeline.auto(
             space,
-            _request(space, prefer, max_size, target_bpw, max_kld),
+            _request(space, wishes),
+            device=device,
             settings=_settings(),
             texts=_texts(text),
             text=_verify_text(verify_text),
@@ -289,7 +460,7 @@ def _workspace(
     return pipeline.open_workspace(
         model,
         workdir=workdir,
-        n_threads=_threads(threads),
+        n_threads=threads,
         allow_requantize=allow_requantize,
         on_progress=_reporter(quiet),
     )
@@ -303,12 +474,6 @@ def _reporter(quiet: bool) -> Any:
     reporter = Reporter(quiet)
     atexit.register(reporter.finish)
     return reporter
-
-
-def _threads(threads: int | None) -> int:
-    from apreqel.device import default_threads
-
-    return threads or default_threads()
 
 
 def _settings(more: int = 48) -> ProbeSettings:
@@ -329,19 +494,42 @@ def _verify_text(path: Path | None) -> Text:
     return calibration.read_text(path) if path else calibration.heldout_text()
 
 
-def _request(
-    space: Workspace,
-    prefer: str,
-    max_size: str | None,
-    target_bpw: float | None,
-    max_kld: float | None,
-) -> PlanRequest:
-    from apreqel.plan import PRIORITIES, PlanRequest, size_from
+def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
+    """The options of `plan` and `auto`, by their names there. Raises UsageError."""
+    from apreqel import plan as planning
+    from apreqel.options import parse_constraints
 
-    if prefer not in PRIORITIES:
-        raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(PRIORITIES)}")
-    limit = size_from(max_size, space.inventory) if max_size else None
-    return PlanRequest(prefer, limit, target_bpw, max_kld)
+    prefer, limit, ram = wishes["prefer"], wishes["max_size"], wishes["max_ram"]
+    if prefer not in planning.PRIORITIES:
+        raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(planning.PRIORITIES)}")
+    constraints = parse_constraints(
+        wishes["pin"] or [], wishes["only_types"], wishes["exclude_types"]
+    )
+    copied = planning.copied_pins(space.inventory, wishes.get("like"), wishes.get("recipe"))
+    size = planning.size_from(limit, space.inventory) if limit else None
+    if copied and size is None:
+        size = planning.any_size(space.inventory)
+    klds = [wishes["max_kld"]]
+    if wishes["max_degradation"]:
+        klds.append(planning.parse_degradation(wishes["max_degradation"]))
+    rams = [planning.parse_size(ram, "--max-ram")] if ram else []
+    if wishes["fit"]:
+        rams.append(planning.free_memory())
+    return planning.PlanRequest(
+        prefer,
+        max_size_bytes=size,
+        target_bpw=wishes["target_bpw"],
+        max_kld_nats=min((kld for kld in klds if kld is not None), default=None),
+        max_ram_bytes=min(rams, default=None),
+        n_ctx=planning.parse_context(wishes["ctx"]),
+        longest_context=wishes["ctx"] == "max",
+        min_decode_tps=wishes["min_decode"],
+        min_prefill_tps=wishes["min_prefill"],
+        workload=planning.parse_workload(wishes["workload"]),
+        weights=planning.parse_weights(wishes["weights"]) if wishes["weights"] else {},
+        max_type_changes=wishes["max_type_changes"],
+        constraints=replace(constraints, pins=[*copied, *constraints.pins]),
+    )
 
 
 def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Any, str]:
@@ -353,17 +541,6 @@ def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Any, st
     if original is None:
         raise UsageError(f"{gguf}: what is its original? give --model ORIGINAL or --plan PLAN")
     return expected, original
-
-
-def _standard_profile(threads: int | None, quiet: bool) -> Any:
-    import tempfile
-
-    from apreqel.profile import measure_profile
-
-    with tempfile.TemporaryDirectory(prefix="apreqel-") as folder:
-        return measure_profile(
-            None, "", Path(folder), n_threads=_threads(threads), on_progress=_reporter(quiet)
-        )
 
 
 def main() -> NoReturn:

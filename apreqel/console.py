@@ -14,17 +14,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from apreqel.explain import Exchange, OptionPrice, RoleShare
+    from apreqel.front import Front
     from apreqel.inventory import Inventory
     from apreqel.pipeline import Everything
     from apreqel.plan import Plan
-    from apreqel.profile import DeviceProfile
+    from apreqel.profile import DeviceProfile, Range
     from apreqel.quantize import QuantizedModel
     from apreqel.sensitivity import Sensitivity
     from apreqel.verify import Measured, VerificationReport
 
 # Without a terminal, a progress line this often: enough for a log, not a flood.
 _SECONDS_BETWEEN_LINES = 15.0
-_BAR_CELLS = 24
+_BAR_CELLS = 16
 
 
 class Reporter:
@@ -110,7 +112,8 @@ def _table(*columns: str, title: str | None = None) -> Table:
 
     table = Table(title=title, box=SIMPLE_HEAD, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
+        left = i == 0 or not column or column == "remarks"  # bars and words
+        table.add_column(column, justify="left" if left else "right", overflow="fold")
     return table
 
 
@@ -203,42 +206,110 @@ def show_inventory(inventory: Inventory) -> None:
 # --- profile -------------------------------------------------------------------------------------
 
 
-def show_profile(profile: DeviceProfile) -> None:
-    device = profile.device
-    _print(
-        f"{device.cpu}, {device.usable_cores} usable cores, {size(device.memory_bytes)} memory "
-        f"({size(device.available_bytes)} free), {device.system}\n"
-        f"fingerprint {profile.fingerprint}, {profile.n_threads} threads, "
-        f"shapes of {profile.shapes}"
-    )
-    table = _table("type", "bits/weight", "prefill t/s", "decode t/s", "decode", "spread", "")
-    dominated = profile.dominated()
-    fastest = min(t.decode_seconds for t in profile.timings.values() if t.decode_seconds > 0)
-    for name, t in sorted(profile.timings.items(), key=lambda item: item[1].bits_per_weight):
-        notes = list(t.flags)
-        if t.file_types.get(name, 0) < 0.999:
-            notes.append(f"{t.file_types.get(name, 0):.0%} of weights fit it")
-        if name in dominated:
-            notes.append("dominated")
-        cells = round(_BAR_CELLS * fastest / t.decode_seconds) if t.decode_seconds else 0
+def show_profile(profile: DeviceProfile, inventory: Inventory) -> None:
+    """Predicted tokens/s of the model in each type, and what a token is made of."""
+    from apreqel.profile import dominated, type_speeds
+    from apreqel.qtypes import lookup
+
+    _show_device(profile)
+    speeds = type_speeds(profile, inventory)
+    beaten = dominated(speeds)
+    table = _table("type", "bits/w", "decode t/s", "", "prefill t/s", "", "remarks")
+    most_decode = max(speed.decode.value for speed, _ in speeds.values())
+    most_prefill = max(speed.prefill.value for speed, _ in speeds.values())
+    for name in sorted(speeds, key=lambda n: lookup(n).bits_per_weight):
+        speed, share = speeds[name]
+        flags = {f for kernel in profile.kernels[name].values() for f in kernel.flags}
+        remarks = sorted(flags - {"unsteady"})
+        if share < 0.999:
+            remarks.append(f"fits {share:.0%} of the weights")
+        if name in beaten:
+            remarks.append(f"dominated by {beaten[name]}")
         table.add_row(
             name,
-            f"{t.bits_per_weight:.3f}",
-            _rate(t.prefill_seconds),
-            _rate(t.decode_seconds),
-            "█" * cells,
-            f"{max(t.prefill_cv, t.decode_cv):.1%}",
-            ", ".join(notes),
+            f"{lookup(name).bits_per_weight:.2f}",
+            _range(speed.decode),
+            _bar(speed.decode.value / most_decode),
+            _range(speed.prefill, 0),
+            _bar(speed.prefill.value / most_prefill),
+            ", ".join(remarks),
         )
     _print(table)
     _print(
-        f"Tokens/s if all multiplied weights were in that type: prompt of {profile.n_prompt}, "
-        f"{profile.n_generated} generated. Dominated: another is no larger and faster both ways."
+        f"Predicted tokens/s of {inventory.name} with its products in that type, where rows do not "
+        f"fit it in the nearest one; prompts of {profile.n_prompt} tokens; 95% intervals. "
+        "Dominated: the other type is no larger and no slower."
+    )
+    _show_overhead(profile, inventory)
+
+
+def profile_json(profile: DeviceProfile, inventory: Inventory) -> dict[str, Any]:
+    from apreqel.profile import dominated, type_speeds
+
+    speeds = type_speeds(profile, inventory)
+    return {
+        "profile": profile.to_json(),
+        "model": inventory.name,
+        "types": {
+            name: {"share": share, **asdict(speed)} for name, (speed, share) in speeds.items()
+        },
+        "dominated": dominated(speeds),
+    }
+
+
+def _show_device(profile: DeviceProfile) -> None:
+    device = profile.device
+    _print(
+        f"{profile.name}: {device.cpu}, {device.usable_cores} usable cores, "
+        f"{size(device.memory_bytes)} memory, {device.system}; {profile.n_threads} threads; "
+        f"fingerprint {profile.fingerprint}"
+    )
+    if profile.thread_seconds:
+        tried = ", ".join(
+            f"{n}: {1 / decode:.0f} and {1 / prefill:.0f}"
+            for n, (decode, prefill) in profile.thread_seconds.items()
+        )
+        _print(f"threads tried (decode and prefill tokens/s): {tried}")
+    readings = [k for shapes in profile.kernels.values() for k in shapes.values()]
+    unsteady = sum("unsteady" in k.flags for k in readings)
+    if unsteady:
+        _print(
+            f"{unsteady} of {len(readings)} readings vary by more than 3% (unsteady machine); "
+            "their medians are used and the intervals are wider for it"
+        )
+
+
+def _show_overhead(profile: DeviceProfile, inventory: Inventory) -> None:
+    if not profile.covers(inventory):
+        _print("This model never ran there: what is not products is unknown, intervals are wide.")
+        return
+    overhead = profile.overhead(inventory)
+    _print(
+        "Beside its products a generated token takes "
+        f"{1e3 * overhead.decode_rest:.2f} ms, and {1e3 * overhead.attention * 1000:.2f} ms for "
+        f"each 1,000 tokens of context; picking it (not counted above) takes "
+        f"{1e3 * overhead.sampling:.2f} ms."
     )
 
 
-def _rate(seconds: float) -> str:
-    return f"{1 / seconds:.0f}" if seconds > 0 else "-"
+def _range(value: Range, digits: int = 1) -> str:
+    return f"{value.value:.{digits}f} ({value.low:.{digits}f}-{value.high:.{digits}f})"
+
+
+def _bar(part: float) -> str:
+    return "█" * max(1, round(_BAR_CELLS * part))
+
+
+def show_profiles(profiles: Sequence[tuple[str, Path]]) -> None:
+    """Names for --device, with their files."""
+    from apreqel.profile import DeviceProfile
+
+    table = _table("name", "device", "threads", "models", "file")
+    for name, path in profiles:
+        profile = DeviceProfile.load(path)
+        models = ", ".join(sorted({o.model for o in profile.overheads.values()})) or "-"
+        table.add_row(name, profile.device.cpu, str(profile.n_threads), models, str(path))
+    _print(table if profiles else "no device profiles yet; apreqel profile MODEL makes one")
 
 
 # --- probe ---------------------------------------------------------------------------------------
@@ -296,12 +367,140 @@ def show_plan(plan: Plan, path: Path) -> None:
         f"(kernels add about 0.003)\n"
         f"solved in {plan.solver_seconds:.2f} s, proven within {plan.gap:.1e} of the optimum"
     )
-    if plan.seconds_per_token:
-        prefill, decode = plan.seconds_per_token
-        _print(f"predicted speed here: prefill {1 / prefill:.0f}, decode {1 / decode:.0f} tokens/s")
+    if plan.speed:
+        _print(
+            f"predicted on {plan.device}: decode {_range(plan.speed.decode)}, prefill "
+            f"{_range(plan.speed.prefill, 0)} tokens/s (95%)"
+        )
+    if plan.memory:
+        memory, kinds = plan.memory, "/".join(plan.cache_types)
+        _print(
+            f"predicted memory with a context of {memory.n_ctx}: {size(memory.total_bytes)} "
+            f"(file {size(memory.file_bytes)}, repacked copies {size(memory.copied_bytes)}, KV "
+            f"cache {size(memory.kv_bytes)} in {kinds}, buffers {size(memory.rest_bytes)})"
+        )
+        if memory.copied_bytes > memory.file_bytes // 20:
+            _print(f"with --no-mmap in llama.cpp: {size(memory.without_map_bytes)}")
+    _show_binding(plan)
+    if plan.run_flags:
+        _print(f"run it with: llama-cli -m FILE {plan.run_flags}")
     for note in plan.notes:
         _print(f"note: {note}")
     _print(f"written: {path} and {path.with_suffix('.tensor-types.txt').name}")
+
+
+def show_front(front: Front) -> None:
+    """The front as a table and a picture, with the stock presets beside it."""
+    table = _table("plan", "size", "KLD, nats", "decode t/s", "prefill t/s")
+    rows = [*front.points, *front.stock]
+    for point in sorted(rows, key=lambda p: p.size_bytes):
+        label = f"stock {point.label}" if point in front.stock else point.label
+        speed = point.speed
+        table.add_row(
+            label,
+            size(point.size_bytes),
+            f"{point.kld_nats:.5f}",
+            f"{speed.decode.value:.1f}" if speed else "-",
+            f"{speed.prefill.value:.0f}" if speed else "-",
+        )
+    _print(table)
+    _print(_picture(front))
+    _print(
+        "Predicted, from the weights alone. closest: the least damage of its size; fast: the "
+        "fastest that does little more. Plans that another beats in everything are left out."
+    )
+
+
+def _picture(front: Front, columns: int = 64, lines: int = 14) -> str:
+    """Size across, damage down (logarithmic): o closest, f fast, S stock presets."""
+    from math import log
+
+    marked = [(p, "S") for p in front.stock]
+    marked += [(p, "o" if p.label == "closest" else "f") for p in front.points]
+    marked = [(p, mark) for p, mark in marked if p.kld_nats > 0]
+    x = [p.size_bytes for p, _ in marked]
+    y = [log(p.kld_nats) for p, _ in marked]
+    grid = [[" "] * columns for _ in range(lines)]
+    for (_, mark), across, up in zip(marked, x, y, strict=True):
+        column = round((columns - 1) * (across - min(x)) / max(1, max(x) - min(x)))
+        line = round((lines - 1) * (max(y) - up) / max(1e-9, max(y) - min(y)))
+        grid[line][column] = mark
+    edge = [f"{max(p.kld_nats for p, _ in marked):8.4f} "] + [" " * 9] * (lines - 2)
+    edge.append(f"{min(p.kld_nats for p, _ in marked):8.4f} ")
+    rows = [f"{left}|{''.join(row)}" for left, row in zip(edge, grid, strict=True)]
+    rows.append(" " * 9 + "+" + "-" * columns)
+    ends = size(min(x)), size(max(x))
+    rows.append(" " * 10 + ends[0] + ends[1].rjust(columns - len(ends[0])))
+    rows.append(" " * 10 + "KLD in nats over size; o closest, f fast, S stock presets")
+    return "\n".join(rows)
+
+
+def show_ladder(made: Sequence[tuple[Plan, Path]]) -> None:
+    table = _table("plan", "size", "bits/w", "KLD, nats", "decode t/s", "prefill t/s")
+    for plan, path in made:
+        speed = plan.speed
+        table.add_row(
+            path.name,
+            size(plan.size_bytes),
+            f"{plan.bits_per_weight:.3f}",
+            f"{plan.kld_nats:.5f}",
+            f"{speed.decode.value:.1f}" if speed else "-",
+            f"{speed.prefill.value:.0f}" if speed else "-",
+        )
+    _print(table)
+    _print(f"written to {made[0][1].parent}; apreqel quantize makes a file of each")
+
+
+def show_explained(plan: Plan, shares: Sequence[RoleShare], exchanges: Sequence[Exchange]) -> None:
+    """What each role takes, which limits bind, and which choices were close."""
+    table = _table("role", "tensors", "size", "damage, nats", "of all", "types")
+    total = sum(share.kld_nats for share in shares) or 1.0
+    for share in shares:
+        table.add_row(
+            share.role,
+            str(share.n_tensors),
+            size(share.size_bytes),
+            f"{share.kld_nats:.5f}",
+            f"{share.kld_nats / total:.0%}",
+            ", ".join(share.types),
+        )
+    _print(table)
+    _show_binding(plan)
+    table = _table("closest choices", "has", "next", "dearer by", "changes at")
+    for e in exchanges:
+        at = f"{e.at_price:.2f} x the price" if e.at_price is not None else "-"
+        table.add_row(e.tensor, e.chosen, e.other, f"{e.regret:.2e}", at)
+    _print(table)
+    _print("apreqel explain PLAN TENSOR shows one tensor in every type.")
+
+
+def show_explained_tensor(
+    plan: Plan, name: str, rows: Sequence[OptionPrice], exchange: Exchange | None
+) -> None:
+    table = _table("type", "bytes", "damage, nats", "measured", "decode us", "prefill us", "dearer")
+    for row in rows:
+        measured = f"{row.probed[0]:.6f} to {row.probed[1]:.6f}" if row.probed else "modelled"
+        table.add_row(
+            ("> " if row.is_chosen else "  ") + row.type_name,
+            f"{row.size_bytes:,}",
+            f"{row.kld_nats:.6f}",
+            measured,
+            f"{1e6 * row.decode_seconds:.1f}" if row.decode_seconds is not None else "-",
+            f"{1e6 * row.prefill_seconds:.2f}" if row.prefill_seconds is not None else "-",
+            f"{row.regret:.2e}",
+        )
+    _print(table)
+    _show_binding(plan)
+    if exchange and exchange.at_price is not None:
+        _print(
+            f"{name} would change from {exchange.chosen} to {exchange.other} at "
+            f"{exchange.at_price:.2f} times that price"
+        )
+
+
+def _show_binding(plan: Plan) -> None:
+    for b in plan.binding:
+        _print(f"binding: {b.limit} {b.at_most}; {b.one_more} would save {b.buys:.3g} {b.of}")
 
 
 def show_quantized(model: QuantizedModel) -> None:

@@ -1,4 +1,8 @@
-"""What this machine is, as far as timings and memory depend on it. Nothing is read at import."""
+"""What this machine is and what it is doing, as far as timings and memory depend on it.
+
+Nothing is read at import. `Watch` tells whether a reading can be trusted: a processor that was
+throttled, swapping, page-ins or other processes at work make it invalid, not slow.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,18 @@ import json
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+# Other processes may take this part of the cores before a reading is refused.
+_BUSY_SHARE = 0.10
+# A core below this part of its usual clock is throttled.
+_CLOCK_SHARE = 0.85
+# vcgencmd get_throttled: under-voltage, frequency capped, throttled, soft temperature limit: now.
+_PI_THROTTLED_NOW = 0xF
 
 
 @dataclass(frozen=True)
@@ -25,12 +39,16 @@ class Device:
     available_bytes: int
     governor: str | None
     max_mhz: float | None
+    cluster_cores: Sequence[int] = ()  # cores of each kind, fastest first; one entry on most
 
-    def fingerprint(self, n_threads: int, llama_build: str) -> str:
-        """What a timing depends on, as 16 hex digits: not the memory that happens to be free."""
-        facts = asdict(self)
-        del facts["available_bytes"]
-        text = json.dumps([facts, n_threads, llama_build], sort_keys=True)
+    def fingerprint(self, llama_build: str) -> str:
+        """What a timing depends on, as 16 hex digits: not the memory that happens to be free.
+
+        Nor the kernel's version: it changes with every update of a system.
+        """
+        facts = asdict(self) | {"system": self.system.split()[0]}
+        del facts["available_bytes"], facts["memory_bytes"]
+        text = json.dumps([facts, llama_build], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -42,7 +60,7 @@ def detect() -> Device:
     return Device(
         cpu=_cpu_name(),
         machine=platform.machine(),
-        system=f"{platform.system()} {platform.release()}",
+        system=f"{platform.system()} {'.'.join(platform.release().split('.')[:2])}",
         usable_cores=usable_cores(),
         physical_cores=psutil.cpu_count(logical=False) or 0,
         cache_bytes=_last_level_cache(),
@@ -50,6 +68,7 @@ def detect() -> Device:
         available_bytes=int(memory.available),
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         max_mhz=_max_mhz(),
+        cluster_cores=[len(cores) for cores in clusters()],
     )
 
 
@@ -65,10 +84,140 @@ def usable_cores() -> int:
 
 
 def default_threads() -> int:
-    """One thread a physical core that may be used: what llama.cpp runs best with."""
+    """One thread a physical core that may be used, of the fastest kind on big.LITTLE."""
     import psutil
 
-    return max(1, min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores()))
+    cores = max(1, min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores()))
+    kinds = clusters()
+    return min(cores, len(kinds[0])) if len(kinds) > 1 else cores
+
+
+def clusters(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[list[int]]:
+    """Usable cores by kind, the fastest kind first: Arm's capacity, or else the highest clock.
+
+    One list on processors whose cores are alike, and where the system does not say.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return [list(range(usable_cores()))]
+    by_speed: dict[int, list[int]] = {}
+    for core in sorted(os.sched_getaffinity(0)):
+        stated = _read(str(sysfs / f"cpu{core}/cpu_capacity")) or _read(
+            str(sysfs / f"cpu{core}/cpufreq/cpuinfo_max_freq")
+        )
+        by_speed.setdefault(int(stated) if stated and stated.isdigit() else 0, []).append(core)
+    # Boost clocks of one kind differ by a few percent from core to core.
+    kinds: list[tuple[int, list[int]]] = []
+    for speed, cores in sorted(by_speed.items(), reverse=True):
+        if kinds and speed > 0.9 * kinds[-1][0]:
+            kinds[-1] = kinds[-1][0], sorted(kinds[-1][1] + cores)
+        else:
+            kinds.append((speed, cores))
+    return [cores for _, cores in kinds]
+
+
+@contextmanager
+def pinned(n_threads: int) -> Iterator[None]:
+    """Keep this process on the fastest cores where cores differ and these suffice."""
+    kinds = clusters()
+    if len(kinds) < 2 or n_threads > len(kinds[0]):
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, kinds[0])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+# --- whether a reading can be trusted ------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Load:
+    """Counters of the system and of this process, at one moment."""
+
+    wall: float
+    busy: float  # CPU seconds of all processes, the hypervisor's included
+    own: float
+    page_ins: int
+    swapped: int
+
+    @staticmethod
+    def now() -> _Load:
+        import psutil
+
+        cpu, own, swap = psutil.cpu_times(), os.times(), _swap_pages()
+        idle = cpu.idle + getattr(cpu, "iowait", 0.0)
+        everything = sum(cpu) - getattr(cpu, "guest", 0.0) - getattr(cpu, "guest_nice", 0.0)
+        return _Load(
+            time.monotonic(), everything - idle, own.user + own.system, _major_faults(), swap
+        )
+
+
+class Watch:
+    """Around one measurement: `with Watch() as watch: ...`, then `watch.reasons`."""
+
+    reasons: tuple[str, ...] = ()
+
+    def __enter__(self) -> Watch:
+        self._before = _Load.now()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.reasons = tuple(doubts(self._before, _Load.now(), usable_cores()))
+        if clock_is_throttled():
+            self.reasons += ("throttled",)
+
+
+def doubts(before: _Load, after: _Load, n_cores: int) -> Iterator[str]:
+    """What disturbed the time between two loads."""
+    wall = after.wall - before.wall
+    others = (after.busy - before.busy) - (after.own - before.own)
+    # The system counts in hundredths of a second: short readings cannot be judged.
+    if wall > 0.2 and others > _BUSY_SHARE * wall * n_cores:
+        yield "busy neighbours"
+    if after.page_ins > before.page_ins:
+        yield "paging"
+    if after.swapped > before.swapped:
+        yield "swapping"
+
+
+def clock_is_throttled(root: Path = Path("/sys")) -> bool:
+    """Whether the processor says that it is held back by heat or power right now."""
+    pi = _read(str(root / "devices/platform/soc/soc:firmware/get_throttled"))
+    if pi is not None:
+        try:
+            return bool(int(pi, 16) & _PI_THROTTLED_NOW)
+        except ValueError:
+            return False
+    cpu = root / "devices/system/cpu/cpu0/cpufreq"
+    limit, usual = _read(str(cpu / "scaling_max_freq")), _read(str(cpu / "cpuinfo_max_freq"))
+    if limit and usual and limit.isdigit() and usual.isdigit():
+        return int(limit) < _CLOCK_SHARE * int(usual)
+    return False
+
+
+def hottest_celsius(root: Path = Path("/sys")) -> float | None:
+    """The highest temperature that the system reports; None where it reports none."""
+    found = [_read(str(p)) for p in (root / "class/thermal").glob("thermal_zone*/temp")]
+    return max((int(t) / 1000 for t in found if t and t.lstrip("-").isdigit()), default=None)
+
+
+def _major_faults() -> int:
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+
+
+def _swap_pages() -> int:
+    fields = dict(
+        line.split()[:2] for line in (_read("/proc/vmstat") or "").splitlines() if " " in line
+    )
+    return int(fields.get("pswpin", 0)) + int(fields.get("pswpout", 0))
+
+
+# --- reading the system --------------------------------------------------------------------------
 
 
 def _read(path: str) -> str | None:

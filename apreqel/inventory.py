@@ -143,6 +143,16 @@ class Inventory:
     def n_experts(self) -> int:
         return self._hyperparameter("expert_count")
 
+    @property
+    def n_experts_used(self) -> int:
+        return self._hyperparameter("expert_used_count")
+
+    @property
+    def head_counts(self) -> tuple[int, int]:
+        """Query and key/value heads a layer; 0 where they differ between layers."""
+        heads = self._hyperparameter("attention.head_count")
+        return heads, self._hyperparameter("attention.head_count_kv") or heads
+
     @cached_property
     def vocabulary_size(self) -> int:
         tokens = self._first.metadata.get("tokenizer.ggml.tokens")

@@ -12,7 +12,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -33,21 +33,32 @@ _SECONDS_AT_MOST = 30.0
 
 @dataclass(frozen=True)
 class Limit:
-    """sum of `costs[item][option]` over the chosen options must not pass `at_most`."""
+    """sum of `costs[item][option]` over the chosen options must not pass `at_most`.
+
+    `show` renders a sum in the user's own unit; `one_more` is what one such unit more adds to
+    `at_most` (see `Plan.binding`).
+    """
 
     name: str
     costs: Sequence[Doubles]
     at_most: float
+    show: Callable[[float], str] = "{:.6g}".format
+    one_more: tuple[float, str] = (1.0, "1 more")
 
 
 @dataclass(frozen=True)
 class Solution:
-    """`choice[i]` is the option of item i; `gap` bounds (objective - optimum) / objective."""
+    """`choice[i]` is the option of item i; `gap` bounds (objective - optimum) / objective.
+
+    `prices[j]` is what the relaxed objective falls by when limit j is eased by one: its shadow
+    price, 0 where the limit does not bind.
+    """
 
     choice: Choice
     objective: float
     gap: float
     seconds: float
+    prices: tuple[float, ...] = ()
 
 
 def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
@@ -61,8 +72,8 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
         least = float(sum(row.min() for row in limit.costs))
         if least > limit.at_most:
             raise InfeasiblePlanError(
-                f"{limit.name} of {limit.at_most:.6g} cannot be met; the least possible is "
-                f"{least:.6g}"
+                f"{limit.name} {limit.show(limit.at_most)}: cannot be met; the nearest possible is "
+                f"{limit.show(least)}"
             )
     kept = [_not_dominated(costs, limits, i) for i in range(len(costs))]
     relaxed = _Programme(costs, limits, kept).relaxation()
@@ -75,7 +86,8 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
     ceiling = _total(costs, rounded_choice) if rounded_choice else math.inf
     if rounded_choice and ceiling - bound <= _GAP_WANTED * ceiling:
         gap = max(0.0, (ceiling - bound) / ceiling) if ceiling > 0 else 0.0
-        return Solution(rounded_choice, ceiling, gap, time.perf_counter() - started)
+        seconds = time.perf_counter() - started
+        return Solution(rounded_choice, ceiling, gap, seconds, tuple(map(float, prices)))
     kept = [
         _within_reach(
             costs[i], [limit.costs[i] for limit in limits], prices, kept[i], ceiling - bound
@@ -93,7 +105,8 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
     reached = _total(costs, choice)
     proven = max(bound, solved[0]) if solved else bound
     gap = max(0.0, (reached - proven) / reached) if reached > 0 else 0.0
-    return Solution(choice, reached, gap, time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return Solution(choice, reached, gap, seconds, tuple(map(float, prices)))
 
 
 @contextmanager
@@ -111,8 +124,18 @@ def _quiet() -> Iterator[None]:
 
 
 def _conflict(limits: Sequence[Limit]) -> InfeasiblePlanError:
-    names = " and ".join(f"{limit.name} ({limit.at_most:.6g})" for limit in limits)
-    return InfeasiblePlanError(f"no choice meets {names} together")
+    """Which limits stand against each other, and how far each would have to give way alone."""
+    names = " and ".join(f"{limit.name} {limit.show(limit.at_most)}" for limit in limits)
+    ways = []
+    for i, limit in enumerate(limits):
+        others = [other for j, other in enumerate(limits) if j != i]
+        try:
+            nearest = solve(limit.costs, others).objective
+        except InfeasiblePlanError:
+            continue
+        ways.append(f"{limit.name} {limit.show(nearest)}")
+    advice = f"; with the others as they are, possible is {', or '.join(ways)}" if ways else ""
+    return InfeasiblePlanError(f"no choice meets {names} together{advice}")
 
 
 def _total(costs: Sequence[Doubles], choice: Choice) -> float:

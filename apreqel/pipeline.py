@@ -8,23 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apreqel import artifacts, calibration, llama, quantize
+from apreqel import artifacts, calibration, kv_cache, llama, quantize, recipes, timing
+from apreqel import compare as comparing
+from apreqel import front as fronts
 from apreqel import imatrix as imatrices
 from apreqel import plan as planning
 from apreqel import profile as profiling
 from apreqel import sensitivity as sensitivities
 from apreqel import verify as verification
 from apreqel.calibration import Text
-from apreqel.device import detect
+from apreqel.device import default_threads, detect
 from apreqel.errors import ApreqelError, ArtifactError, ModelFileError, OutputError, UsageError
+from apreqel.front import Front
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
-from apreqel.plan import Plan, PlanRequest
+from apreqel.kv_cache import KvSensitivity
+from apreqel.plan import Plan, PlanRequest, Solved
 from apreqel.profile import DeviceProfile
 from apreqel.sensitivity import ProbeSettings, Sensitivity
 from apreqel.verify import VerificationReport, VerifySettings
@@ -41,6 +46,7 @@ class Workspace:
     sha256: str
     folder: Path
     n_threads: int
+    tune_threads: bool
     allow_requantize: bool
     on_progress: Progress
 
@@ -54,11 +60,13 @@ def open_workspace(
     name: str,
     *,
     workdir: Path | None,
-    n_threads: int,
+    n_threads: int | None = None,
     allow_requantize: bool,
     on_progress: Progress,
 ) -> Iterator[Workspace]:
     """Read the model, take its work folder and lock it.
+
+    Without `n_threads` the number is what a profile of this device was tuned to, if there is one.
 
     Raises ModelFileError, UnsupportedModelError, LockedError, OutputError.
     """
@@ -71,29 +79,133 @@ def open_workspace(
     folder = workdir or beside / f"{model.name}.apreqel"
     with artifacts.lock(folder / ".lock"):
         sha256 = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
-        yield Workspace(inventory, sha256, folder, n_threads, allow_requantize, on_progress)
+        yield Workspace(
+            inventory,
+            sha256,
+            folder,
+            n_threads or usual_threads(),
+            n_threads is None,
+            allow_requantize,
+            on_progress,
+        )
 
 
 # --- the steps -----------------------------------------------------------------------------------
 
 
+def usual_threads() -> int:
+    """Threads that this device was tuned to, or else one a physical core."""
+    tuned = tuned_profile()
+    return tuned.n_threads if tuned else default_threads()
+
+
+def tuned_profile() -> DeviceProfile | None:
+    """The stored profile of this device whose number of threads was tuned, not given."""
+    if not any(profiling.store_folder().glob("*.json")):
+        return None
+    fingerprint = detect().fingerprint(llama.build_info())
+    for path in sorted(profiling.store_folder().glob(f"*-{fingerprint[:6]}.json")):
+        found = DeviceProfile.load(path)
+        if found.fingerprint == fingerprint and found.thread_seconds:
+            return found
+    return None
+
+
 def profile(space: Workspace, *, again: bool = False) -> DeviceProfile:
-    """The device profile for this model's shapes: the saved one where it is of this device."""
-    path = space.folder / profiling.PROFILE_FILE
-    fingerprint = detect().fingerprint(space.n_threads, llama.build_info())
-    if path.exists() and not again:
-        saved = DeviceProfile.load(path, space.sha256)
-        if saved.fingerprint == fingerprint:
-            return saved
-    measured = profiling.measure_profile(
-        space.inventory,
-        space.sha256,
-        space.folder,
-        n_threads=space.n_threads,
-        on_progress=space.on_progress,
+    """This device's profile with this model in it: the stored one, completed where it lacks."""
+    threads = None if space.tune_threads else space.n_threads
+    return device_profile(
+        space.inventory, space.folder, threads, again=again, on_progress=space.on_progress
     )
-    measured.save(path)
+
+
+def device_profile(
+    inventory: Inventory | None,
+    folder: Path,
+    n_threads: int | None,
+    *,
+    again: bool = False,
+    on_progress: Progress,
+) -> DeviceProfile:
+    """The profile of this device, completed for a model (or standard shapes), and stored.
+
+    Raises LockedError where another apreqel is timing: two would disturb each other.
+    """
+    tuned = tuned_profile() if n_threads is None else None
+    n_threads = tuned.n_threads if tuned else n_threads
+    with artifacts.lock(profiling.store_folder() / ".lock"):
+        known = stored_profile(n_threads) if n_threads else None
+        if known and not again and inventory and known.covers(inventory):
+            return known
+        measured = timing.measure_profile(
+            inventory,
+            folder,
+            n_threads=n_threads,
+            known=None if again else known,
+            on_progress=on_progress,
+        )
+        if known:
+            measured = profiling.merged(known, measured)
+        measured.save(profiling.stored_path(measured.name))
     return measured
+
+
+def profile_model(
+    model: str | None,
+    workdir: Path | None,
+    n_threads: int | None,
+    *,
+    again: bool,
+    on_progress: Progress,
+) -> tuple[DeviceProfile, Inventory]:
+    """This device's profile with `model` in it, or with shapes of common small models."""
+    if model is not None:
+        with open_workspace(
+            model,
+            workdir=workdir,
+            n_threads=n_threads,
+            allow_requantize=True,
+            on_progress=on_progress,
+        ) as space:
+            return profile(space, again=again), space.inventory
+    with tempfile.TemporaryDirectory(prefix="apreqel-") as folder:
+        inventory = timing.standard_model(Path(folder) / "standard.gguf")
+        made = device_profile(
+            inventory, Path(folder), n_threads, again=again, on_progress=on_progress
+        )
+        return made, inventory
+
+
+def named_profile(name: str, model: str | None) -> tuple[DeviceProfile, Inventory]:
+    """A profile at hand and the model to predict for: standard shapes where none is given."""
+    found = profiling.load_named(name)
+    if model is not None:
+        return found, read_inventory(find_model(model))
+    with tempfile.TemporaryDirectory(prefix="apreqel-") as folder:
+        return found, timing.standard_model(Path(folder) / "standard.gguf")
+
+
+def list_profiles() -> list[tuple[str, Path]]:
+    return list(profiling.list_profiles())
+
+
+def import_profile(path: Path) -> tuple[str, Path]:
+    """Check another device's profile and keep it under its own name. Raises ArtifactError."""
+    found = DeviceProfile.load(path)
+    target = profiling.stored_path(profiling.safe_name(found.name))
+    found.save(target)
+    return target.stem, target
+
+
+def stored_profile(n_threads: int) -> DeviceProfile | None:
+    """What was measured on this very device with so many threads."""
+    device = detect()
+    fingerprint = device.fingerprint(llama.build_info())
+    path = profiling.stored_path(profiling.default_name(device, n_threads, fingerprint))
+    if not path.exists():
+        return None
+    found = DeviceProfile.load(path)
+    return found if found.fingerprint == fingerprint else None
 
 
 def probe(
@@ -140,9 +252,30 @@ def measured(space: Workspace) -> tuple[Sensitivity, Imatrix] | None:
     return state, load_imatrix(space)
 
 
-def saved_profile(space: Workspace) -> DeviceProfile | None:
-    path = space.folder / profiling.PROFILE_FILE
-    return DeviceProfile.load(path, space.sha256) if path.exists() else None
+def kv_sensitivity(space: Workspace) -> KvSensitivity:
+    """What quantising the KV cache costs: the saved measurement, or a new one."""
+    path = space.folder / kv_cache.KV_FILE
+    if path.exists():
+        return KvSensitivity.load(path, space.sha256)
+    measured = kv_cache.measure_kv(
+        space.inventory,
+        space.sha256,
+        calibration.bundled_texts(),
+        space.n_threads,
+        space.on_progress,
+    )
+    measured.save(path)
+    return measured
+
+
+def profile_for(space: Workspace, request: PlanRequest, device: str | None) -> DeviceProfile | None:
+    """The profile to plan with: a named device's, this one's, or none where none is needed."""
+    if device is not None:
+        return profiling.load_named(device)
+    if request.needs_profile:
+        return profile(space)
+    known = stored_profile(space.n_threads)
+    return known if known and known.covers(space.inventory) else None
 
 
 def plan(
@@ -154,14 +287,69 @@ def plan(
     output: Path | None = None,
 ) -> tuple[Plan, Path]:
     """Make the plan; write it and its --tensor-type-file. Returns it with its path."""
+    kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
+    if request.longest_context:
+        records = planning.encode_metadata(planning.output_metadata(imatrix))
+        request = planning.with_longest_context(
+            space.inventory, state, request, device_profile, kv, records
+        )
     made = planning.make_plan(
-        space.inventory, state, imatrix, request, space.folder, profile=device_profile
+        space.inventory, state, imatrix, request, space.folder, profile=device_profile, kv=kv
     )
     path = output or space.folder / planning.PLAN_FILE
     made.save(path)
-    lines = planning.tensor_type_lines(made.types, space.inventory)
+    lines = recipes.tensor_type_lines(made.types, space.inventory)
     artifacts.write_atomically(path.with_suffix(".tensor-types.txt"), lines.encode())
+    joined = recipes.custom_q(made.types, space.inventory)
+    artifacts.write_atomically(path.with_suffix(".custom-q.txt"), joined.encode())
     return made, path
+
+
+def front(
+    space: Workspace,
+    request: PlanRequest,
+    state: Sensitivity,
+    imatrix: Imatrix,
+    device_profile: DeviceProfile | None,
+) -> Front:
+    """What can be had of size, closeness and speed."""
+    records = planning.encode_metadata(planning.output_metadata(imatrix))
+    return fronts.pareto_front(space.inventory, state, request, records, device_profile)
+
+
+def ladder(
+    space: Workspace,
+    request: PlanRequest,
+    state: Sensitivity,
+    imatrix: Imatrix,
+    device_profile: DeviceProfile | None,
+    count: int,
+) -> list[tuple[Plan, Path]]:
+    """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
+    records = planning.encode_metadata(planning.output_metadata(imatrix))
+    sizes = fronts.ladder_sizes(space.inventory, state, request, records, device_profile, count)
+    made = []
+    for i, size in enumerate(sizes, 1):
+        space.on_progress("planning", i - 1, count)
+        step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
+        output = space.folder / f"plan-ladder-{i}.json"
+        made.append(plan(space, step, state, imatrix, device_profile, output))
+    return made
+
+
+def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
+    """A plan solved again, with everything that it was chosen from."""
+    made, inventory = load_plan(path)
+    folder = Path(made.workdir)
+    state = Sensitivity.load(folder / sensitivities.SENSITIVITY_FILE, made.provenance.model_sha256)
+    request = planning.request_from(made.provenance.settings)
+    timed = profiling.load_named(made.device) if made.device else None
+    kv_path = folder / kv_cache.KV_FILE
+    kv = KvSensitivity.load(kv_path, made.provenance.model_sha256) if kv_path.exists() else None
+    solved = planning.solve_request(
+        inventory, state, request, planning.encode_metadata(made.metadata), timed, kv
+    )
+    return solved, state, made, inventory
 
 
 def load_plan(path: Path) -> tuple[Plan, Inventory]:
@@ -262,6 +450,50 @@ def verify(
     return report
 
 
+def compare(
+    space: Workspace, file_bytes: int, *, text: Text, settings: VerifySettings
+) -> VerificationReport:
+    """Other ways to choose types, on the same measurements: real files, measured side by side."""
+    known = measured(space)
+    if known is None:
+        raise ArtifactError(f"{space.folder}: not probed yet; run apreqel probe first")
+    state, imatrix = known
+    timed = stored_profile(space.n_threads)
+    records = planning.encode_metadata(planning.output_metadata(imatrix))
+    made = comparing.strategies(
+        space.inventory,
+        state,
+        records,
+        file_bytes,
+        timed if timed and timed.covers(space.inventory) else None,
+    )
+    with tempfile.TemporaryDirectory(prefix="compare-", dir=space.folder) as folder:
+        files = {}
+        for i, label in enumerate(["apreqel", *(name for name in made if name != "apreqel")]):
+            space.on_progress(f"writing {label}", i, len(made))
+            files[label] = Path(folder) / f"{label.replace(' ', '-')}.gguf"
+            quantize.quantize_model(
+                space.inventory,
+                made[label],
+                files[label],
+                imatrix=imatrix,
+                extra_metadata=records,
+                n_threads=space.n_threads,
+                allow_requantize=space.allow_requantize,
+            )
+        return verification.verify(
+            space.inventory,
+            space.sha256,
+            files,
+            text=text,
+            calibration_sha256={t.sha256 for t in calibration.bundled_texts()},
+            settings=settings,
+            n_threads=space.n_threads,
+            folder=space.folder,
+            on_progress=space.on_progress,
+        )
+
+
 # --- all of it -----------------------------------------------------------------------------------
 
 
@@ -286,14 +518,15 @@ def auto(
     verify_settings: VerifySettings,
     output: Path | None,
     force: bool,
+    device: str | None = None,
 ) -> Everything:
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
     planning.require_presets(against)
     output = output or default_output(space.inventory, space.folder, request.prefer)
     quantize.check_output(space.inventory, output, force or _is_ours(output))
-    device_profile = profile(space)
+    timed = profiling.load_named(device) if device else profile(space)
     state, imatrix = probe(space, settings=settings, texts=texts)
-    made, plan_path = plan(space, request, state, imatrix, device_profile)
+    made, plan_path = plan(space, request, state, imatrix, timed)
     if not _holds(output, made):
         run_plan(
             plan_path,
@@ -307,12 +540,12 @@ def auto(
     mark = space.folder / "verified.json"
     wanted = _verification_key(made, text, against, verify_settings)
     if mark.exists() and report_path.exists() and mark.read_text() == wanted:
-        return Everything(device_profile, made, output, VerificationReport.load(report_path))
+        return Everything(timed, made, output, VerificationReport.load(report_path))
     report = verify(
         space, output, text=text, against=against, settings=verify_settings, expected=made
     )
     artifacts.write_atomically(mark, wanted.encode())
-    return Everything(device_profile, made, output, report)
+    return Everything(timed, made, output, report)
 
 
 def _is_ours(path: Path) -> bool:

@@ -1,35 +1,50 @@
 """From measurements and wishes to a quant type for every tensor.
 
-Options come from the sensitivity (damage in nats) and the registry (exact bytes), and, where a
-device profile is given, from its timings (seconds per token). One knapsack decides.
+Options come from the sensitivity (damage in nats), the registry (exact bytes) and, where a device
+profile is given, its timings (seconds per token) and layouts (memory). One knapsack decides.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
 from apreqel import __version__, artifacts, llama
 from apreqel.artifacts import Provenance
+from apreqel.device import detect
 from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
 from apreqel.gguf_header import encode_kv
 from apreqel.knapsack import Limit, Solution, solve
+from apreqel.kv_cache import USUAL, KvSensitivity
+from apreqel.memory import MemoryUse, cache_bytes, memory_use, rest_bytes, usable_context
+from apreqel.options import (
+    CACHES,
+    Constraints,
+    Options,
+    build_options,
+    predicted_damage,
+    with_caches,
+)
+from apreqel.profile import Range, Speed
 from apreqel.qtypes import lookup
-from apreqel.sensitivity import Sensitivity, require_probed
+from apreqel.recipes import read_recipe, types_of_file
+from apreqel.sensitivity import Sensitivity
 
 if TYPE_CHECKING:
     from apreqel.imatrix import Imatrix
-    from apreqel.inventory import Inventory, Tensor
+    from apreqel.inventory import Inventory
     from apreqel.profile import DeviceProfile
 
 Doubles = npt.NDArray[np.float64]
@@ -43,7 +58,10 @@ DEFAULT_PRESET = "Q4_K_M"
 # Points of the front from which `balanced` takes the knee; it ends where every tensor has its best
 # type below this part of its own size: against F16 that is Q8_0, beyond which nothing is gained.
 _FRONT_POINTS = 24
-_NEAR_LOSSLESS = 0.6
+NEAR_LOSSLESS = 0.6
+
+# Contexts are tried in steps of this many tokens.
+_CONTEXT_STEP = 256
 
 _STRING, _UINT32 = 8, 4  # GGUF value types
 
@@ -56,6 +74,44 @@ class PlanRequest:
     max_size_bytes: int | None = None
     target_bpw: float | None = None
     max_kld_nats: float | None = None
+    max_ram_bytes: int | None = None
+    n_ctx: int | None = None
+    longest_context: bool = False  # instead of n_ctx: as long as the limits allow
+    min_decode_tps: float | None = None
+    min_prefill_tps: float | None = None
+    workload: tuple[int, int] = (512, 128)  # tokens of a prompt and of its answer
+    weights: Mapping[str, float] = field(default_factory=dict)  # of memory, latency, accuracy
+    max_type_changes: int | None = None  # against stock Q4_K_M
+    constraints: Constraints = field(default_factory=Constraints)
+
+    @property
+    def needs_profile(self) -> bool:
+        """Whether it cannot be met without timings of the device."""
+        wishes = self.max_ram_bytes, self.min_decode_tps, self.min_prefill_tps
+        latency = self.prefer == "latency" or self.weights.get("latency", 0) > 0
+        return latency or any(wish is not None for wish in wishes)
+
+
+def request_from(settings: Mapping[str, Any]) -> PlanRequest:
+    """A request as a plan recorded it. Raises ArtifactError."""
+    try:
+        data = dict(settings)
+        data["constraints"] = Constraints(**data["constraints"])
+        data["workload"] = tuple(data["workload"])
+        return PlanRequest(**data)
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"the plan's request is damaged ({error}); plan again") from error
+
+
+@dataclass(frozen=True)
+class Binding:
+    """A limit that stands in the way, and its shadow price in units of the objective."""
+
+    limit: str
+    at_most: str
+    one_more: str
+    buys: float
+    of: str  # nats, bytes, seconds, or weighted
 
 
 @dataclass(frozen=True)
@@ -75,13 +131,29 @@ class Plan:
     metadata: Mapping[str, str | int]
     model_files: Sequence[str]
     workdir: str  # where the imatrix is
-    seconds_per_token: Sequence[float] | None = None  # prefill, decode
+    binding: Sequence[Binding] = ()
+    device: str = ""  # the profile planned with
+    speed: Speed | None = None
+    memory: MemoryUse | None = None
+    cache_types: Sequence[str] = (USUAL, USUAL)  # of K and V
+    n_threads: int | None = None
     notes: Sequence[str] = field(default_factory=tuple)
 
     @cached_property
     def counts(self) -> dict[str, int]:
         """How many tensors have each type, most frequent first."""
         return dict(Counter(self.types.values()).most_common())
+
+    @property
+    def run_flags(self) -> str:
+        """How to start llama.cpp with this file so that the predictions hold."""
+        k, v = (kind.lower() for kind in self.cache_types)
+        flags = [f"-c {self.memory.n_ctx}"] if self.memory else []
+        if (k, v) != (USUAL.lower(), USUAL.lower()):
+            flags.append(f"-ctk {k} -ctv {v} -fa on")
+        if self.n_threads:
+            flags.append(f"-t {self.n_threads}")
+        return " ".join(flags)
 
     def extra_metadata(self) -> list[bytes]:
         """The GGUF records that the quantised file gets beside the source's own."""
@@ -96,8 +168,13 @@ class Plan:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "plan", model_sha256)
         try:
+            if data["speed"]:
+                data["speed"] = Speed(**{k: Range(**v) for k, v in data["speed"].items()})
+            if data["memory"]:
+                data["memory"] = MemoryUse(**data["memory"])
+            data["binding"] = [Binding(**row) for row in data["binding"]]
             return cls(provenance, **data)
-        except TypeError as error:
+        except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: damaged plan ({error}); plan again") from error
 
 
@@ -125,93 +202,121 @@ def map_digest(types: Mapping[str, str], imatrix_sha256: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# --- options -------------------------------------------------------------------------------------
+# --- planning ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Options:
-    """The choices of every quantisable tensor; per tensor: types, padded bytes, damage, seconds."""
+class Solved:
+    """A request as a knapsack: what could be chosen, under which limits, and what was."""
 
-    names: Sequence[str]
-    types: Sequence[Sequence[str]]
-    sizes: Sequence[Doubles]
-    damages: Sequence[Doubles]
-    decode_seconds: Sequence[Doubles] | None
-    fixed_bytes: int  # header and tensors that stay as they are
+    options: Options
+    limits: Sequence[Limit]
+    costs: Sequence[Doubles]
+    unit: str
+    solution: Solution
+    depth: int  # tokens of context that decode is reckoned at
+    n_ctx: int
 
-    def types_of(self, solution: Solution) -> dict[str, str]:
-        chosen = zip(self.names, self.types, solution.choice, strict=True)
-        return {name: kinds[c] for name, kinds, c in chosen}
-
-    def size_limit(self, file_bytes: float, name: str = "--max-size") -> Limit:
-        """Raises InfeasiblePlanError where even the smallest types are too large."""
-        least = self.fixed_bytes + int(sum(row.min() for row in self.sizes))
-        if file_bytes < least:
-            raise InfeasiblePlanError(
-                f"{name} {file_bytes:.0f} bytes: the smallest possible file has {least} bytes "
-                f"({least / 1e6:.1f} MB)"
-            )
-        return Limit(name, self.sizes, file_bytes - self.fixed_bytes)
-
-    def damage_limit(self, nats: float) -> Limit:
-        return Limit("--max-kld", self.damages, nats)
+    def binding(self) -> Iterator[Binding]:
+        for limit, price in zip(self.limits, self.solution.prices, strict=True):
+            if price > 0:
+                more, text = limit.one_more
+                yield Binding(limit.name, limit.show(limit.at_most), text, price * more, self.unit)
 
 
-def build_options(
+def solve_request(
     inventory: Inventory,
     sensitivity: Sensitivity,
-    extra_metadata: Sequence[bytes],
-    profile: DeviceProfile | None = None,
-) -> Options:
-    """All types that a tensor can hold and that were measured, and its own type.
+    request: PlanRequest,
+    records: Sequence[bytes],
+    profile: DeviceProfile | None,
+    kv: KvSensitivity | None = None,
+) -> Solved:
+    """With `kv` and a limit on memory the KV cache's types are chosen together with the weights'.
 
-    Raises CalibrationError where the probes are not complete.
+    Raises UsageError, InfeasiblePlanError, CalibrationError.
     """
-    require_probed(sensitivity, inventory)
-    names, kinds, sizes, damages, seconds = [], [], [], [], []
-    for tensor in inventory.quantizable:
-        known = sensitivity.tensors[tensor.name]
-        options = [
-            t
-            for t in known.errors
-            if f"{tensor.name} {t}" not in sensitivity.excluded and t != tensor.qtype.name
-        ]
-        if profile is not None:
-            options = [t for t in options if t in profile.timings]
-        options.append(tensor.qtype.name)
-        names.append(tensor.name)
-        kinds.append(options)
-        sizes.append(np.array([padded_bytes(tensor, t, inventory.alignment) for t in options]))
-        damage = [known.damage(t) for t in options[:-1]]
-        damages.append(np.array([*damage, 0.0]))  # its own type: the bytes are copied
-        if profile is not None:
-            row = [profile.option_seconds(tensor, inventory, t, decode=True) for t in options]
-            seconds.append(np.array(row))
-    own = {t.name: t.qtype.name for t in inventory.tensors}
-    in_place = sum(
-        padded_bytes(t, t.qtype.name, inventory.alignment) for t in inventory.quantizable
-    )
-    fixed = inventory.output_size(own, extra_metadata) - int(in_place)
-    return Options(names, kinds, sizes, damages, seconds if profile else None, fixed)
+    if request.prefer not in PRIORITIES:
+        raise UsageError(f"--prefer {request.prefer!r}: choose one of {', '.join(PRIORITIES)}")
+    if request.needs_profile and profile is None:
+        raise UsageError(
+            "--prefer latency, --max-ram and --min-*-tps need a device profile; run "
+            "apreqel profile MODEL first"
+        )
+    n_ctx = usable_context(inventory, request.n_ctx)
+    n_prompt, n_generated = request.workload
+    depth = n_prompt + n_generated // 2
+    timed = profile if request.needs_profile else None
+    options = build_options(inventory, sensitivity, records, timed, depth, request.constraints)
+    if kv is not None and request.max_ram_bytes is not None:
+        options = with_caches(options, kv, *cache_bytes(inventory, n_ctx))
+    stock = stock_map(inventory, sensitivity, DEFAULT_PRESET)
+    limits = hard_limits(inventory, options, request, timed, n_ctx)
+    asked = {limit.name for limit in limits}
+    if request.max_type_changes is not None:
+        limits.append(options.change_limit(stock, request.max_type_changes))
+    usual = predicted_damage(sensitivity, stock)
+    if request.weights:
+        costs, unit = objective(options, request, stock)
+        solution = solve(costs, limits)
+    elif request.prefer == "balanced":
+        worst = usual if request.max_kld_nats is None else request.max_kld_nats
+        costs, unit = options.damages, "nats"
+        solution, limits = knee(options, size_budget(inventory, options, request), limits, worst)
+    else:
+        if request.prefer == "accuracy" and not asked & {"--max-size", "--max-ram"}:
+            name = f"the size of stock {DEFAULT_PRESET} (--max-size)"
+            limits.append(options.size_limit(stock_size(inventory, stock), name))
+        if request.prefer != "accuracy" and "--max-kld" not in asked:
+            name = f"the quality of stock {DEFAULT_PRESET} (--max-kld)"
+            limits.append(options.damage_limit(usual, name))
+        costs, unit = objective(options, request, stock)
+        solution = solve(costs, limits)
+    return Solved(options, limits, costs, unit, solution, depth, n_ctx)
 
 
-def padded_bytes(tensor: Tensor, type_name: str, alignment: int) -> float:
-    """Bytes that a tensor takes in the file, padding included."""
-    size = lookup(type_name).size_bytes(tensor.shape)
-    return float(-(-size // alignment) * alignment)
+def with_longest_context(
+    inventory: Inventory,
+    sensitivity: Sensitivity,
+    request: PlanRequest,
+    profile: DeviceProfile | None,
+    kv: KvSensitivity | None,
+    records: Sequence[bytes],
+) -> PlanRequest:
+    """The request with the longest context at which its limits and its quality can be met.
 
+    The quality is `--max-kld`, or else that of stock Q4_K_M. In steps of 256 tokens. Raises
+    UsageError, InfeasiblePlanError where not even one step fits.
+    """
+    if request.max_ram_bytes is None:
+        raise UsageError("--ctx max: how much memory may it take? give --max-ram or --fit")
+    floor = request.max_kld_nats
+    if floor is None:
+        floor = predicted_damage(sensitivity, stock_map(inventory, sensitivity, DEFAULT_PRESET))
+    wanted = replace(request, max_kld_nats=floor, longest_context=False)
 
-def predicted_damage(sensitivity: Sensitivity, types: Mapping[str, str]) -> float:
-    """The sum of damages of a map, for the tensors whose type was measured."""
-    total = 0.0
-    for name, known in sensitivity.tensors.items():
-        kind = types.get(name, "")
-        if kind in known.errors or kind in known.probes:
-            total += known.damage(kind)
-    return total
+    def attempt(n_ctx: int) -> bool:
+        step = replace(wanted, n_ctx=n_ctx, prefer="memory", weights={})
+        try:
+            solve_request(inventory, sensitivity, step, records, profile, kv)
+        except InfeasiblePlanError:
+            return False
+        return True
 
-
-# --- planning ------------------------------------------------------------------------------------
+    trained = usable_context(inventory, inventory.context_length or None)
+    steps = max(1, trained // _CONTEXT_STEP)
+    low, high = 0, steps
+    while low < high:
+        middle = (low + high + 1) // 2
+        if attempt(min(trained, middle * _CONTEXT_STEP)):
+            low = middle
+        else:
+            high = middle - 1
+    if low == 0:
+        solve_request(
+            inventory, sensitivity, replace(wanted, n_ctx=_CONTEXT_STEP), records, profile, kv
+        )
+    return replace(wanted, n_ctx=min(trained, max(1, low) * _CONTEXT_STEP))
 
 
 def make_plan(
@@ -222,46 +327,21 @@ def make_plan(
     workdir: Path,
     *,
     profile: DeviceProfile | None = None,
+    kv: KvSensitivity | None = None,
 ) -> Plan:
     """Solve for `request`. Raises UsageError, InfeasiblePlanError, CalibrationError."""
-    if request.prefer not in PRIORITIES:
-        raise UsageError(f"--prefer {request.prefer!r}: choose one of {', '.join(PRIORITIES)}")
-    if request.prefer == "latency" and profile is None:
-        raise UsageError("--prefer latency needs a device profile; run apreqel profile MODEL first")
     metadata = output_metadata(imatrix)
     records = encode_metadata(metadata)
-    options = build_options(
-        inventory, sensitivity, records, profile if request.prefer == "latency" else None
-    )
-    budget = size_budget(inventory, options, request)
-    stock = stock_map(inventory, sensitivity, DEFAULT_PRESET)
-    limits: dict[str, float] = {}
-    size_limits = []
-    if budget is None and request.prefer == "accuracy":
-        budget = stock_size(inventory, stock)
-    if budget is not None:
-        limits["size_bytes"] = float(budget)
-        size_limits = [options.size_limit(budget)]
-    floor = request.max_kld_nats
-    if floor is None and request.prefer in ("memory", "latency"):
-        floor = predicted_damage(sensitivity, stock)
-    quality = [options.damage_limit(floor)] if floor is not None else []
-    if floor is not None:
-        limits["kld_nats"] = floor
-    if request.prefer == "memory":
-        solution = solve(options.sizes, [*quality, *size_limits])
-    elif request.prefer == "latency":
-        assert options.decode_seconds is not None
-        solution = solve(options.decode_seconds, [*quality, *size_limits])
-    elif request.prefer == "accuracy":
-        solution = solve(options.damages, [*size_limits, *quality])
-    else:
-        worst = floor if floor is not None else predicted_damage(sensitivity, stock)
-        solution = knee(options, budget, quality, worst)
-    chosen = {t.name: t.qtype.name for t in inventory.tensors} | options.types_of(solution)
+    solved = solve_request(inventory, sensitivity, request, records, profile, kv)
+    options, solution = solved.options, solved.solution
+    picked_types = options.types_of(solution)
+    cache_types = [picked_types.pop(name, USUAL) for name in CACHES]
+    chosen = {t.name: t.qtype.name for t in inventory.tensors} | picked_types
     metadata["apreqel.plan"] = map_digest(chosen, sensitivity.imatrix_sha256)
     picked = list(zip(options.damages, solution.choice, strict=True))
     tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
+    size_bytes = inventory.output_size(chosen, encode_metadata(metadata))
+    known = profile is not None and profile.covers(inventory)
     return Plan(
         provenance=Provenance(
             sensitivity.provenance.model_sha256,
@@ -271,8 +351,9 @@ def make_plan(
         ),
         types=chosen,
         prefer=request.prefer,
-        limits=limits,
-        size_bytes=inventory.output_size(chosen, encode_metadata(metadata)),
+        limits={limit.name: limit.at_most for limit in solved.limits},
+        binding=list(solved.binding()),
+        size_bytes=size_bytes,
         bits_per_weight=8 * tensor_bytes / inventory.n_weights,
         kld_nats=float(sum(row[c] for row, c in picked)),
         gap=solution.gap,
@@ -281,9 +362,73 @@ def make_plan(
         metadata=metadata,
         model_files=[str(f.resolve()) for f in inventory.files],
         workdir=str(workdir.resolve()),
-        seconds_per_token=profile.seconds_per_token(inventory, chosen) if profile else None,
+        cache_types=cache_types,
+        n_threads=profile.n_threads if profile else None,
+        device=profile.name if profile else "",
+        speed=profile.predict(inventory, chosen, solved.depth) if profile else None,
+        memory=(
+            memory_use(profile, inventory, chosen, size_bytes, solved.n_ctx, cache_types)
+            if profile and known
+            else None
+        ),
         notes=tuple(plan_notes(sensitivity, chosen)),
     )
+
+
+def objective(
+    options: Options, request: PlanRequest, stock: Mapping[str, str]
+) -> tuple[Sequence[Doubles], str]:
+    """What is made small, per option, and its unit.
+
+    With weights: the weighted sum of bytes, seconds and nats, each as a part of what stock Q4_K_M
+    takes, so that equal weights mean equal percentages.
+    """
+    seconds = options.timings.workload_seconds(*request.workload) if options.timings else None
+    if request.weights:
+        parts = {"memory": options.sizes, "latency": seconds, "accuracy": options.damages}
+        total = [np.zeros(len(row)) for row in options.sizes]
+        for name, weight in request.weights.items():
+            rows = parts[name]
+            if weight > 0 and rows is not None:
+                usual = options.sum_of(rows, stock)
+                total = [t + weight * row / usual for t, row in zip(total, rows, strict=True)]
+        return total, "of stock Q4_K_M's costs, weighted"
+    if request.prefer == "memory":
+        return options.sizes, "bytes"
+    if request.prefer == "latency":
+        assert seconds is not None
+        return seconds, "seconds"
+    return options.damages, "nats"
+
+
+def hard_limits(
+    inventory: Inventory,
+    options: Options,
+    request: PlanRequest,
+    profile: DeviceProfile | None,
+    n_ctx: int,
+) -> list[Limit]:
+    """What the user asked a plan to keep to, whatever is preferred. Raises UsageError."""
+    limits = []
+    budget = size_budget(inventory, options, request)
+    if budget is not None:
+        limits.append(options.size_limit(budget))
+    if request.max_kld_nats is not None:
+        limits.append(options.damage_limit(request.max_kld_nats))
+    if request.max_ram_bytes is not None:
+        assert profile is not None
+        outside = rest_bytes(profile, inventory, n_ctx)
+        if CACHES[0] not in options.names:
+            outside += int(sum(cache_bytes(inventory, n_ctx)))
+        limits.append(options.memory_limit(request.max_ram_bytes, outside))
+    for name, least, decode in (
+        ("--min-decode-tps", request.min_decode_tps, True),
+        ("--min-prefill-tps", request.min_prefill_tps, False),
+    ):
+        if least is not None:
+            assert options.timings is not None
+            limits.append(options.timings.speed_limit(name, least, decode=decode))
+    return limits
 
 
 def size_budget(inventory: Inventory, options: Options, request: PlanRequest) -> int | None:
@@ -300,37 +445,37 @@ def size_budget(inventory: Inventory, options: Options, request: PlanRequest) ->
 
 
 def knee(
-    options: Options, budget: int | None, quality: Sequence[Limit], worst_kld: float
-) -> Solution:
+    options: Options, budget: int | None, limits: Sequence[Limit], worst_kld: float
+) -> tuple[Solution, list[Limit]]:
     """The point of the size/damage front farthest below its chord (Satopaa et al. 2011).
 
     The front is taken from the smallest plan with a damage of at most `worst_kld` up: below that
-    every byte saved is dear, and the knee would be a ruin.
+    every byte saved is dear, and the knee would be a ruin. With the limits it was solved under.
     """
-    start = solve(options.sizes, [options.damage_limit(worst_kld), *quality])
+    first = [options.damage_limit(worst_kld), *limits]
+    start = solve(options.sizes, first)
     least = options.fixed_bytes + start.objective
     most = options.fixed_bytes + sum(
-        float(row[np.argmin(np.where(row < _NEAR_LOSSLESS * row.max(), damage, np.inf))])
+        float(row[np.argmin(np.where(row < NEAR_LOSSLESS * row.max(), damage, np.inf))])
         for row, damage in zip(options.sizes, options.damages, strict=True)
     )
     if budget is not None:
-        options.size_limit(budget)
         least, most = min(least, budget), min(most, budget)
     points = []
     for size in np.linspace(least, most, _FRONT_POINTS):
+        within = [options.size_limit(size), *limits]
         try:
-            solution = solve(options.damages, [options.size_limit(size), *quality])
+            points.append((float(size), solve(options.damages, within), within))
         except InfeasiblePlanError:
             continue
-        points.append((float(size), solution))
     if not points:
-        raise InfeasiblePlanError("no plan meets --max-kld within the size limit")
-    x = np.array([size for size, _ in points])
-    y = np.array([s.objective for _, s in points])
+        return start, first
+    x = np.array([size for size, *_ in points])
+    y = np.array([s.objective for _, s, _ in points])
     if len(points) < 3 or y[0] <= y[-1]:
-        return points[-1][1]
+        return points[-1][1:]
     below = (x - x[0]) / (x[-1] - x[0]) + (y - y[-1]) / (y[0] - y[-1])
-    return points[int(np.argmin(below))][1]
+    return points[int(np.argmin(below))][1:]
 
 
 def stock_map(inventory: Inventory, sensitivity: Sensitivity, preset: str) -> dict[str, str]:
@@ -364,19 +509,10 @@ def plan_notes(sensitivity: Sensitivity, types: Mapping[str, str]) -> Iterator[s
         yield f"{coverage.n_zero_columns} imatrix columns were zero and were substituted"
 
 
-# --- files for others ----------------------------------------------------------------------------
+# --- what people write ---------------------------------------------------------------------------
 
 
-def tensor_type_lines(types: Mapping[str, str], inventory: Inventory) -> str:
-    """A --tensor-type-file for llama-quantize: one anchored, escaped, lower-case line a tensor.
-
-    llama-quantize lower-cases the pattern and searches it as a regular expression.
-    """
-    lines = [f"^{re.escape(t.name)}$={types[t.name]}".lower() for t in inventory.quantizable]
-    return "\n".join(lines) + "\n"
-
-
-def parse_size(text: str) -> int:
+def parse_size(text: str, option: str = "--max-size") -> int:
     """Bytes of '95MB', '1.5GiB', '102400' (decimal and binary units). Raises UsageError."""
     units = {"": 1, "B": 1}
     for power, letter in enumerate("KMGT", 1):
@@ -384,8 +520,74 @@ def parse_size(text: str) -> int:
         units[f"{letter}IB"] = 1024**power
     found = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([A-Za-z]*)\s*", text)
     if not found or found[2].upper() not in units:
-        raise UsageError(f"--max-size {text!r}: give bytes, or a number with MB, MiB, GB or GiB")
+        raise UsageError(f"{option} {text!r}: give bytes, or a number with MB, MiB, GB or GiB")
     return int(float(found[1]) * units[found[2].upper()])
+
+
+def parse_context(text: str | None) -> int | None:
+    """Tokens of context; None for none given and for 'max'. Raises UsageError."""
+    if text is None or text == "max":
+        return None
+    if not text.isdigit() or int(text) < 32:
+        raise UsageError(f"--ctx {text!r}: give a number of tokens from 32, or max")
+    return int(text)
+
+
+def parse_workload(text: str) -> tuple[int, int]:
+    """'512:128' is a prompt of 512 tokens and an answer of 128. Raises UsageError."""
+    found = re.fullmatch(r"(\d{1,7}):(\d{1,7})", text)
+    if not found or int(found[1]) + int(found[2]) == 0:
+        raise UsageError(f"--workload {text!r}: give tokens of prompt and answer, as in 512:128")
+    return int(found[1]), int(found[2])
+
+
+def copied_pins(
+    inventory: Inventory, like: Path | None, recipe: Path | None
+) -> list[tuple[str, str]]:
+    """Pins that hold every tensor to another file's or a recipe's type. Raises UsageError."""
+    types: dict[str, str] = {}
+    if like is not None:
+        types |= types_of_file(like, inventory)
+    if recipe is not None:
+        types |= read_recipe(recipe, inventory)
+    return [(glob.escape(name), kind) for name, kind in types.items()]
+
+
+def any_size(inventory: Inventory) -> int:
+    """A limit that no plan reaches: for maps that are given, whatever they take."""
+    return 2 * inventory.size_bytes
+
+
+def free_memory() -> int:
+    """Bytes of memory that are free here now, less a tenth for what else happens."""
+    return int(0.9 * detect().available_bytes)
+
+
+def parse_weights(text: str) -> dict[str, float]:
+    """'memory=1,latency=2,accuracy=3' as numbers. Raises UsageError."""
+    weights = {}
+    for part in text.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in ("memory", "latency", "accuracy") or not re.fullmatch(r"\d*\.?\d+", value):
+            raise UsageError(
+                f"--weights {text!r}: give memory=NUMBER,latency=NUMBER,accuracy=NUMBER"
+            )
+        weights[name] = float(value)
+    if not any(weights.values()):
+        raise UsageError(f"--weights {text!r}: one must be above 0")
+    return weights
+
+
+def parse_degradation(text: str) -> float:
+    """'1%' more perplexity as the KL divergence, in nats, that stands for it. Raises UsageError.
+
+    On text as the model itself would write it, the logarithm of the ratio of perplexities is the
+    KL divergence.
+    """
+    found = re.fullmatch(r"\s*(\d*\.?\d+)\s*%\s*", text)
+    if not found or float(found[1]) <= 0:
+        raise UsageError(f"--max-degradation {text!r}: give a percentage of perplexity, as in 1%")
+    return math.log1p(float(found[1]) / 100)
 
 
 def require_presets(names: Sequence[str]) -> None:

@@ -1,130 +1,300 @@
-"""How fast each quant type runs on this device, in real llama.cpp.
+"""How long each product takes on a device, and what that predicts for a whole map of types.
 
-For every type a file with the model's shapes, all in that type, is made without quantising
-anything: its weights are zero, and kernels do the same work whatever the values. It is loaded as a
-user would load it (repacked layouts allowed) and timed. Where a row cannot hold the type, the
-tensor takes the nearest type that fits, and the types' own times are solved from all files.
+A device profile holds, for every quant type and matrix shape, the seconds of one product with one
+token (decode) and with many (prefill), as `timing` measured them, and for every model the rest of a
+token: attention, norms, look-ups, which do not depend on types. Seconds of a map are their sum:
+
+    decode(map)  = scale x sum of kernels + rest + attention x context
+    prefill(map) = scale x sum of kernels + rest         (per token of the prompt)
+
+with scale and rest fitted to a few real runs of llama.cpp on the same device (`Overhead`).
+Profiles are kept in the user's data folder, and can be carried to other machines.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import os
-import resource
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+import re
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from statistics import mean, median, stdev
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from scipy.optimize import nnls
-
-from apreqel import artifacts, llama
+from apreqel import artifacts
 from apreqel.artifacts import Provenance
-from apreqel.device import Device, detect
-from apreqel.errors import ArtifactError
-from apreqel.gguf_header import ARRAY, STRING, UINT32, TensorRecord, encode_header, encode_kv
-from apreqel.inventory import Inventory, Tensor, read_inventory
-from apreqel.qtypes import lookup, registry
+from apreqel.device import Device
+from apreqel.errors import ArtifactError, UsageError, printable
+from apreqel.llama.kernels import MatrixShape
+from apreqel.qtypes import lookup
 
 if TYPE_CHECKING:
-    from apreqel.qtypes import QuantType
+    from apreqel.inventory import Inventory, Tensor
 
-PROFILE_FILE = "device-profile.json"
+# Two-sided 95% of a normal distribution.
+_Z95 = 1.959964
+# A shape that was not timed takes the rate of the nearest one that was, this uncertain (one
+# standard deviation): rates of 576x192 to 1536x576 matrices differ that much here.
+_BORROWED_ERROR = 0.15
+# What remains unexplained even where all anchors agree (one standard deviation).
+_LEAST_ERROR = 0.015
 
-# A reading is accepted at this coefficient of variation; otherwise repeated, then flagged.
-_ACCEPTED_CV = 0.03
-_LEAST_REPETITIONS, _MOST_REPETITIONS = 5, 12
+_ROLES_WITH_OWN_INPUTS = ("down",)
 
-# Shapes for a device without a model: rows that every type fits, weights beyond any cache.
-_STANDARD = {"n_embd": 1024, "n_ff": 3072, "n_layer": 8, "n_head": 16, "n_vocab": 16384}
 
-Progress = Callable[[str, int, int], None]
+# --- what is stored ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class TypeTiming:
-    """One type: seconds per token solved for it, and what its file was measured at."""
+class Reading:
+    """The median of repeated readings in seconds, and their coefficient of variation."""
 
-    bits_per_weight: float
-    prefill_seconds: float  # per token, if all multiplied weights were in this type
-    decode_seconds: float
-    prefill_cv: float
-    decode_cv: float
-    repetitions: int
-    file_types: Mapping[str, float]  # share of multiplied weights by type in the timed file
-    flags: Sequence[str]
+    seconds: float
+    variation: float
+    count: int
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One product of one matrix: with one token, and per token of a prompt."""
+
+    decode: Reading
+    prefill: Reading
+    layout: str  # ggml's buffer type
+    flags: Sequence[str] = ()
+
+    @property
+    def is_repacked(self) -> bool:
+        """Whether llama.cpp keeps a copy beside the file's map."""
+        return self.layout not in ("CPU", "CPU_Mapped")
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A real run of llama.cpp with every tensor in (nearly) one type; seconds per token."""
+
+    decode: float
+    decode_at_depth: float
+    prefill: float
+    decode_kernels: float
+    prefill_kernels: float
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What one model takes beside its products, in seconds, and its memory in bytes."""
+
+    model: str
+    decode_scale: float
+    decode_rest: float
+    decode_error: float  # relative standard deviation of the anchors around the fit
+    prefill_scale: float
+    prefill_rest: float
+    prefill_error: float
+    attention: float  # seconds of a generated token per token of context
+    sampling: float  # seconds to pick a token; not part of tokens/s, as in llama-bench
+    anchors: Mapping[str, Anchor]
+    memory_rest: float = 0.0  # bytes: vocabulary and touched buffers
+    memory_per_context: float = 0.0  # bytes per token of context beside the KV cache
+
+
+@dataclass(frozen=True)
+class Range:
+    """A predicted quantity with its 95% interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @staticmethod
+    def around(value: float, relative_error: float) -> Range:
+        spread = _Z95 * relative_error
+        return Range(value, value * max(0.0, 1 - spread), value * (1 + spread))
+
+    @property
+    def inverse(self) -> Range:
+        """Tokens/s of seconds per token."""
+        return Range(1 / self.value, 1 / self.high, 1 / self.low if self.low > 0 else math.inf)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Predicted tokens/s."""
+
+    prefill: Range
+    decode: Range
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
+    """Kernels by type and shape key; overheads by model signature."""
+
     provenance: Provenance
+    name: str
     device: Device
     fingerprint: str
     n_threads: int
-    shapes: str
     n_prompt: int
-    n_generated: int
-    timings: Mapping[str, TypeTiming]
+    kernels: Mapping[str, Mapping[str, Kernel]]
+    overheads: Mapping[str, Overhead] = field(default_factory=dict)
+    thread_seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    notes: Sequence[str] = ()
 
-    def option_seconds(
+    # -- prediction --
+
+    def covers(self, inventory: Inventory) -> bool:
+        """Whether this model was profiled itself: its products timed, its overhead measured."""
+        return signature(inventory) in self.overheads
+
+    def types_for(self, tensor: Tensor, inventory: Inventory) -> set[str]:
+        """Types whose seconds are known for the tensor, by its own shape or a like one."""
+        if not is_multiplied(tensor, inventory):
+            return set(tensor.legal_types)
+        shape = matrix_shape(tensor, inventory)
+        return {t for t in tensor.legal_types if self._kernel(t, shape) is not None}
+
+    def _kernel(self, type_name: str, shape: MatrixShape) -> tuple[Kernel, float, bool] | None:
+        """(kernel, factor on its seconds, whether it is another shape's)."""
+        timed = self.kernels.get(type_name, {})
+        if shape.key in timed:
+            return timed[shape.key], 1.0, False
+        others = [(key, parse_key(key)) for key in timed]
+        others = [(key, o) for key, o in others if bool(o.n_experts) == bool(shape.n_experts)]
+        if not others:
+            return None
+        key, nearest = min(
+            others,
+            key=lambda o: (
+                abs(math.log(o[1].weights_read / shape.weights_read))
+                + abs(math.log(o[1].row_length / shape.row_length))
+            ),
+        )
+        return timed[key], shape.weights_read / nearest.weights_read, True
+
+    def tensor_seconds(
         self, tensor: Tensor, inventory: Inventory, type_name: str, *, decode: bool
     ) -> float:
-        """One tensor's part of the seconds per token: its share of the multiplied weights."""
+        """A tensor's part of the seconds per token in this type."""
+        overhead = self.overhead(inventory)
+        scale = overhead.decode_scale if decode else overhead.prefill_scale
+        return scale * self._raw_seconds(tensor, inventory, type_name, decode)[0]
+
+    def _raw_seconds(
+        self, tensor: Tensor, inventory: Inventory, type_name: str, decode: bool
+    ) -> tuple[float, float]:
+        """(seconds per token before scaling, their standard error)."""
         if not is_multiplied(tensor, inventory):
-            return 0.0
-        timing = self.timings[type_name]
-        share = tensor.n_elements / multiplied_weights(inventory)
-        return share * (timing.decode_seconds if decode else timing.prefill_seconds)
+            return 0.0, 0.0
+        found = self._kernel(type_name, matrix_shape(tensor, inventory))
+        if found is None:
+            raise UsageError(f"device profile {self.name}: has no timing of {type_name}")
+        kernel, factor, borrowed = found
+        # Of a prompt only the last token needs the output head.
+        once = not decode and tensor.role in ("output", "token_embd")
+        reading = kernel.decode if decode or once else kernel.prefill
+        seconds = reading.seconds * factor / (self.n_prompt if once else 1)
+        error = reading.variation / math.sqrt(max(1, reading.count))
+        return seconds, seconds * (_BORROWED_ERROR if borrowed else error)
 
-    def seconds_per_token(
-        self, inventory: Inventory, types: Mapping[str, str]
-    ) -> tuple[float, float] | None:
-        """(prefill, decode) predicted for a map; None where a type was not timed."""
-        if any(types[t.name] not in self.timings for t in inventory.quantizable):
-            return None
-        prefill, decode = (
-            sum(
-                self.option_seconds(t, inventory, types[t.name], decode=decode)
-                for t in inventory.quantizable
-            )
-            for decode in (False, True)
-        )
-        return prefill, decode
+    def kernel_seconds(
+        self, inventory: Inventory, types: Mapping[str, str], *, decode: bool
+    ) -> tuple[float, float]:
+        """(sum of the products' seconds per token, its standard error)."""
+        parts = [
+            self._raw_seconds(t, inventory, types[t.name], decode) for t in inventory.quantizable
+        ]
+        # Tensors of one shape and type share one reading, so errors add up rather than cancel.
+        return sum(seconds for seconds, _ in parts), sum(error for _, error in parts)
 
-    def dominated(self) -> set[str]:
-        """Types for which another is no larger, no slower either way, and better in one."""
+    def rest_seconds(self, inventory: Inventory, *, decode: bool, n_context: int = 0) -> float:
+        """Seconds per token that do not depend on types, with `n_context` tokens in the cache."""
+        overhead = self.overhead(inventory)
+        if decode:
+            return overhead.decode_rest + overhead.attention * n_context
+        return overhead.prefill_rest
 
-        def key(t: TypeTiming) -> tuple[float, float, float]:
-            return t.bits_per_weight, t.prefill_seconds, t.decode_seconds
+    def overhead(self, inventory: Inventory) -> Overhead:
+        """The model's own; where it was not profiled, none, and a wide error."""
+        known = self.overheads.get(signature(inventory))
+        return known or Overhead("", 1.0, 0.0, _BORROWED_ERROR, 1.0, 0.0, _BORROWED_ERROR, 0, 0, {})
 
-        return {
-            name
-            for name, timing in self.timings.items()
-            if any(
-                all(a <= b for a, b in zip(key(other), key(timing), strict=True))
-                and key(other) != key(timing)
-                for other in self.timings.values()
-            )
-        }
+    def predict(
+        self, inventory: Inventory, types: Mapping[str, str], n_context: int = 0
+    ) -> Speed | None:
+        """Tokens/s of a map; None where a type has no timing at all on this device."""
+        for tensor in inventory.quantizable:
+            if types[tensor.name] not in self.types_for(tensor, inventory):
+                return None
+        overhead = self.overhead(inventory)
+        ranges = []
+        for decode, scale, unexplained in (
+            (False, overhead.prefill_scale, overhead.prefill_error),
+            (True, overhead.decode_scale, overhead.decode_error),
+        ):
+            kernels, error = self.kernel_seconds(inventory, types, decode=decode)
+            rest = self.rest_seconds(inventory, decode=decode, n_context=n_context)
+            seconds = scale * kernels + rest
+            relative = math.hypot(max(unexplained, _LEAST_ERROR), scale * error / seconds)
+            ranges.append(Range.around(seconds, relative).inverse)
+        return Speed(*ranges)
+
+    def is_repacked(self, tensor: Tensor, inventory: Inventory, type_name: str) -> bool:
+        """Whether llama.cpp copies the tensor into another layout when it loads it."""
+        if not is_multiplied(tensor, inventory):
+            return False
+        found = self._kernel(type_name, matrix_shape(tensor, inventory))
+        return found is not None and found[0].is_repacked
+
+    # -- files --
+
+    def to_json(self) -> dict[str, Any]:
+        return {k: v for k, v in asdict(self).items() if k != "provenance"}
 
     def save(self, path: Path) -> None:
-        data = {k: v for k, v in asdict(self).items() if k != "provenance"}
-        artifacts.save(path, "device-profile", self.provenance, data)
+        artifacts.save(path, "device-profile", self.provenance, self.to_json())
 
     @classmethod
-    def load(cls, path: Path, model_sha256: str | None = None) -> DeviceProfile:
-        """Raises ArtifactError."""
-        provenance, data = artifacts.load(path, "device-profile", model_sha256)
+    def load(cls, path: Path) -> DeviceProfile:
+        """Raises ArtifactError naming the field that is damaged."""
+        provenance, data = artifacts.load(path, "device-profile")
         try:
             data["device"] = Device(**data["device"])
-            data["timings"] = {k: TypeTiming(**v) for k, v in data["timings"].items()}
-            return cls(provenance, **data)
-        except (KeyError, TypeError) as error:
+            data["kernels"] = {
+                kind: {key: _kernel_from(kernel) for key, kernel in shapes.items()}
+                for kind, shapes in data["kernels"].items()
+            }
+            data["overheads"] = {
+                key: _overhead_from(overhead) for key, overhead in data["overheads"].items()
+            }
+            loaded = cls(provenance, **data)
+            for kind, shapes in loaded.kernels.items():
+                for key, kernel in shapes.items():
+                    parse_key(key)
+                    for seconds in (kernel.decode.seconds, kernel.prefill.seconds):
+                        if not (isinstance(seconds, float) and 0 < seconds < math.inf):
+                            raise ValueError(f"kernels.{kind}.{key}: {seconds!r} seconds")
+            return loaded
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
-                f"{path}: damaged device profile ({error}); measure again"
+                f"{path}: damaged device profile ({printable(str(error))}); measure again with "
+                "apreqel profile"
             ) from error
+
+
+def _kernel_from(data: dict[str, Any]) -> Kernel:
+    decode, prefill = Reading(**data.pop("decode")), Reading(**data.pop("prefill"))
+    return Kernel(decode, prefill, **data)
+
+
+def _overhead_from(data: dict[str, Any]) -> Overhead:
+    anchors = {label: Anchor(**anchor) for label, anchor in data.pop("anchors").items()}
+    return Overhead(anchors=anchors, **data)
+
+
+# --- a model's products --------------------------------------------------------------------------
 
 
 def is_multiplied(tensor: Tensor, inventory: Inventory) -> bool:
@@ -132,199 +302,168 @@ def is_multiplied(tensor: Tensor, inventory: Inventory) -> bool:
     return tensor.role != "token_embd" or inventory.tied_embeddings
 
 
-def multiplied_weights(inventory: Inventory) -> int:
-    return sum(t.n_elements for t in inventory.quantizable if is_multiplied(t, inventory))
-
-
-# --- measuring -----------------------------------------------------------------------------------
-
-
-def measure_profile(
-    inventory: Inventory | None,
-    model_sha256: str,
-    folder: Path,
-    *,
-    n_threads: int,
-    n_prompt: int = 256,
-    n_generated: int = 32,
-    types: Sequence[str] | None = None,
-    on_progress: Progress = lambda what, done, total: None,
-) -> DeviceProfile:
-    """Time every type that this llama.cpp has and some tensor can hold. Raises EngineError."""
-    device, build = detect(), llama.build_info()
-    with tempfile.TemporaryDirectory(prefix="profile-", dir=folder) as name:
-        place = Path(name)
-        if inventory is None:
-            inventory = standard_model(place / "standard.gguf")
-            shapes = "standard"
-        else:
-            shapes = inventory.name
-        wanted = list(timed_types(inventory, types))
-        readings: dict[str, _Reading] = {}
-        for i, qtype in enumerate(wanted):
-            on_progress(f"timing {qtype.name}", i, len(wanted))
-            chosen = uniform_types(inventory, qtype)
-            path = place / "shapes.gguf"
-            write_shapes(inventory, chosen, path)
-            readings[qtype.name] = _time_file(path, n_threads, n_prompt, n_generated)
-            readings[qtype.name].shares = shares(inventory, chosen)
-    on_progress("timing", len(wanted), len(wanted))
-    prefill = solve_types({k: (r.shares, median(r.prefill)) for k, r in readings.items()})
-    decode = solve_types({k: (r.shares, median(r.decode)) for k, r in readings.items()})
-    timings = {
-        name: TypeTiming(
-            lookup(name).bits_per_weight,
-            prefill[name],
-            decode[name],
-            _cv(r.prefill),
-            _cv(r.decode),
-            len(r.decode),
-            r.shares,
-            tuple(r.flags()),
-        )
-        for name, r in readings.items()
-    }
-    settings = {"n_prompt": n_prompt, "n_generated": n_generated, "n_threads": n_threads}
-    fingerprint = device.fingerprint(n_threads, build)
-    provenance = Provenance(model_sha256, build, fingerprint, settings)
-    return DeviceProfile(
-        provenance, device, fingerprint, n_threads, shapes, n_prompt, n_generated, timings
+def matrix_shape(tensor: Tensor, inventory: Inventory) -> MatrixShape:
+    """The product that a tensor takes part in."""
+    if tensor.n_experts < 2:
+        return MatrixShape(tensor.row_length, tensor.n_rows)
+    used = max(1, min(inventory.n_experts_used, tensor.n_experts))
+    own_inputs = any(role in tensor.role for role in _ROLES_WITH_OWN_INPUTS)
+    return MatrixShape(
+        tensor.row_length, tensor.shape[1], tensor.n_experts, used, used if own_inputs else 1
     )
 
 
-def timed_types(inventory: Inventory, types: Sequence[str] | None) -> Iterator[QuantType]:
-    """Types that some tensor can hold and this llama.cpp knows, largest first."""
-    holdable = {t for tensor in inventory.quantizable for t in tensor.legal_types}
-    for qtype in sorted(registry().values(), key=lambda q: -q.bits_per_weight):
-        asked = types is None or qtype.name in types
-        if asked and qtype.name in holdable and llama.supports(qtype):
-            yield qtype
+def parse_key(key: str) -> MatrixShape:
+    """The inverse of MatrixShape.key. Raises ValueError."""
+    found = re.fullmatch(r"(\d+)x(\d+)(?: (\d+)/(\d+) from (\d+))?", key)
+    if not found or 0 in (int(found[1]), int(found[2])):
+        raise ValueError(f"shape {key!r}")
+    if found[3] is None:
+        return MatrixShape(int(found[1]), int(found[2]))
+    used, experts, inputs = int(found[3]), int(found[4]), int(found[5])
+    return MatrixShape(int(found[1]), int(found[2]), experts, used, inputs)
 
 
-def uniform_types(inventory: Inventory, qtype: QuantType) -> dict[str, str]:
-    """Every quantisable tensor in `qtype`, or in the nearest legal type that its rows fit."""
+def shapes_of(inventory: Inventory) -> dict[MatrixShape, list[Tensor]]:
+    """The distinct products of a model with their tensors."""
+    found: dict[MatrixShape, list[Tensor]] = {}
+    for tensor in inventory.quantizable:
+        if is_multiplied(tensor, inventory):
+            found.setdefault(matrix_shape(tensor, inventory), []).append(tensor)
+    return found
+
+
+def signature(inventory: Inventory) -> str:
+    """What a model's overhead depends on, as 16 hex digits: all but the values of its weights."""
+    facts = [
+        inventory.architecture,
+        inventory.n_layers,
+        inventory.n_experts_used,
+        inventory.vocabulary_size,
+        inventory.head_counts,
+        sorted((t.role, t.shape) for t in inventory.tensors),
+    ]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+
+
+def nearest_types(
+    profile: DeviceProfile, inventory: Inventory, type_name: str
+) -> dict[str, str] | None:
+    """Every product in `type_name`, or in the nearest timed type that its rows can hold."""
+    wanted = lookup(type_name).bits_per_weight
 
     def distance(name: str) -> tuple[float, int]:
         other = lookup(name)
-        return abs(other.bits_per_weight - qtype.bits_per_weight), other.ggml_id
+        return abs(other.bits_per_weight - wanted), other.ggml_id
 
-    result = {t.name: t.qtype.name for t in inventory.tensors}
-    for tensor in inventory.quantizable:
-        legal = [t for t in tensor.legal_types if llama.supports(lookup(t))]
-        result[tensor.name] = qtype.name if qtype.name in legal else min(legal, key=distance)
-    return result
-
-
-def shares(inventory: Inventory, types: Mapping[str, str]) -> dict[str, float]:
-    """Part of the multiplied weights that each type holds."""
-    total, result = multiplied_weights(inventory), dict[str, float]()
+    types = {t.name: t.qtype.name for t in inventory.tensors}
     for tensor in inventory.quantizable:
         if is_multiplied(tensor, inventory):
-            kind = types[tensor.name]
-            result[kind] = result.get(kind, 0.0) + tensor.n_elements / total
+            timed = profile.types_for(tensor, inventory)
+            if not timed:
+                return None
+            types[tensor.name] = type_name if type_name in timed else min(timed, key=distance)
+    return types
+
+
+def share_of(inventory: Inventory, types: Mapping[str, str], type_name: str) -> float:
+    """Part of the multiplied weights that a map holds in one type."""
+    weights = {t.name: t.n_elements for t in inventory.quantizable if is_multiplied(t, inventory)}
+    held = sum(n for name, n in weights.items() if types[name] == type_name)
+    return held / max(1, sum(weights.values()))
+
+
+def type_speeds(profile: DeviceProfile, inventory: Inventory) -> dict[str, tuple[Speed, float]]:
+    """By type: predicted tokens/s with the model in it, and the part of it that can be."""
+    result = {}
+    for kind in profile.kernels:
+        types = nearest_types(profile, inventory, kind)
+        speed = profile.predict(inventory, types) if types else None
+        if types and speed and (share := share_of(inventory, types, kind)) > 0:
+            result[kind] = speed, share
     return result
 
 
-def write_shapes(inventory: Inventory, types: Mapping[str, str], path: Path) -> None:
-    """A loadable file of these types whose weights are all zero; it takes no disk space."""
-    header, _ = inventory.output_header(types)
-    with open(path, "wb") as file:
-        file.write(header)
-        file.truncate(inventory.output_size(types))
+def dominated(speeds: Mapping[str, tuple[Speed, float]]) -> dict[str, str]:
+    """Types that another one beats in bytes, prefill and decode alike: {type: the other}.
 
-
-@dataclass
-class _Reading:
-    """Seconds per token of each repetition."""
-
-    prefill: list[float]
-    decode: list[float]
-    page_faults: int
-    shares: dict[str, float]
-
-    def flags(self) -> Iterator[str]:
-        if max(_cv(self.prefill), _cv(self.decode)) > _ACCEPTED_CV:
-            yield "unsteady"
-        if self.page_faults:
-            yield "paging"
-
-
-def _time_file(path: Path, n_threads: int, n_prompt: int, n_generated: int) -> _Reading:
-    reading = _Reading([], [], 0, {})
-    with (
-        llama.LoadedModel(path) as model,
-        model.context(max(n_prompt, 8) + n_generated, 1, n_threads) as context,
-    ):
-        context.seconds(n_prompt, 2)  # brings everything in
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-        while len(reading.decode) < _MOST_REPETITIONS:
-            reading.prefill.append(context.seconds(n_prompt, 0) / n_prompt)
-            reading.decode.append(context.seconds(8, n_generated) / n_generated)
-            steady = max(_cv(reading.prefill), _cv(reading.decode)) <= _ACCEPTED_CV
-            if len(reading.decode) >= _LEAST_REPETITIONS and steady:
-                break
-        reading.page_faults = resource.getrusage(resource.RUSAGE_SELF).ru_majflt - before
-    return reading
-
-
-def _cv(values: Sequence[float]) -> float:
-    return stdev(values) / mean(values) if len(values) > 1 else 0.0
-
-
-def solve_types(files: Mapping[str, tuple[Mapping[str, float], float]]) -> dict[str, float]:
-    """Seconds of each type from files that mix them: seconds = sum of share x seconds of type.
-
-    Non-negative least squares; `files` maps a type to (shares in its file, seconds of the file).
-    Types that only ever stood in for others are solved too, but not returned.
+    Only types that the whole model can hold are compared.
     """
-    kinds = sorted({kind for mix, _ in files.values() for kind in mix} | set(files))
-    matrix = np.array([[mix.get(kind, 0.0) for kind in kinds] for mix, _ in files.values()])
-    seconds = np.array([s for _, s in files.values()])
-    solved, _ = nnls(matrix / seconds[:, None], np.ones(len(seconds)))
-    return {kind: float(x) for kind, x in zip(kinds, solved, strict=True) if kind in files}
+    rows = {
+        kind: (lookup(kind).bits_per_weight, -speed.prefill.value, -speed.decode.value)
+        for kind, (speed, share) in speeds.items()
+        if share == 1
+    }
+    return {
+        kind: min(better, key=lambda other: rows[other])
+        for kind, row in rows.items()
+        if (better := [o for o, its in rows.items() if its != row and _all_less(its, row)])
+    }
 
 
-def standard_model(path: Path) -> Inventory:
-    """A llama-shaped model of common sizes, without a vocabulary, all zero."""
-    s = _STANDARD
-    entries: list[tuple[str, int, Any]] = [
-        ("general.architecture", STRING, "llama"),
-        ("general.name", STRING, "standard shapes"),
-        ("llama.block_count", UINT32, s["n_layer"]),
-        ("llama.context_length", UINT32, 4096),
-        ("llama.embedding_length", UINT32, s["n_embd"]),
-        ("llama.feed_forward_length", UINT32, s["n_ff"]),
-        ("llama.attention.head_count", UINT32, s["n_head"]),
-        ("llama.attention.head_count_kv", UINT32, s["n_head"] // 4),
-        ("llama.attention.layer_norm_rms_epsilon", 6, 1e-5),
-        ("llama.vocab_size", UINT32, s["n_vocab"]),
-        ("tokenizer.ggml.model", STRING, "none"),
-        ("general.tags", ARRAY, ["apreqel"]),
-    ]
-    kv = s["n_embd"] // 4
-    f16, f32 = lookup("F16"), lookup("F32")
-    shapes: list[tuple[str, tuple[int, ...], QuantType]] = [
-        ("token_embd.weight", (s["n_embd"], s["n_vocab"]), f16),
-        ("output_norm.weight", (s["n_embd"],), f32),
-    ]
-    for i in range(s["n_layer"]):
-        shapes += [
-            (f"blk.{i}.attn_norm.weight", (s["n_embd"],), f32),
-            (f"blk.{i}.attn_q.weight", (s["n_embd"], s["n_embd"]), f16),
-            (f"blk.{i}.attn_k.weight", (s["n_embd"], kv), f16),
-            (f"blk.{i}.attn_v.weight", (s["n_embd"], kv), f16),
-            (f"blk.{i}.attn_output.weight", (s["n_embd"], s["n_embd"]), f16),
-            (f"blk.{i}.ffn_norm.weight", (s["n_embd"],), f32),
-            (f"blk.{i}.ffn_gate.weight", (s["n_embd"], s["n_ff"]), f16),
-            (f"blk.{i}.ffn_up.weight", (s["n_embd"], s["n_ff"]), f16),
-            (f"blk.{i}.ffn_down.weight", (s["n_ff"], s["n_embd"]), f16),
-        ]
-    records, offset = [], 0
-    for name, shape, qtype in shapes:
-        records.append(TensorRecord(name, shape, qtype.ggml_id, offset))
-        offset += -(-qtype.size_bytes(shape) // 32) * 32
-    header = encode_header([encode_kv(k, t, v) for k, t, v in entries], records, 32)
-    with open(path, "wb") as file:
-        file.write(header)
-        os.truncate(file.fileno(), len(header) + offset)
-    return read_inventory(path)
+def _all_less(a: Sequence[float], b: Sequence[float]) -> bool:
+    return all(x <= y for x, y in zip(a, b, strict=True))
+
+
+# --- the user's profiles -------------------------------------------------------------------------
+
+
+def store_folder() -> Path:
+    """Where measured and imported profiles are kept, by the system's custom."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "apreqel" / "profiles"
+
+
+def bundled_folder() -> Path:
+    """Profiles of common devices that come with apreqel."""
+    installed = Path(__file__).parent / "device_profiles"
+    return installed if installed.is_dir() else Path(__file__).parent.parent / "device_profiles"
+
+
+def stored_path(name: str) -> Path:
+    return store_folder() / f"{name}.json"
+
+
+def default_name(device: Device, n_threads: int, fingerprint: str) -> str:
+    """'amd-epyc-2t-1a2b3c': what is typed after --device."""
+    cpu = re.sub(r"\(.*?\)|@.*|\bcpu\b|processor", " ", device.cpu.lower())
+    words = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:40].strip("-")
+    return f"{words or 'device'}-{n_threads}t-{fingerprint[:6]}"
+
+
+def safe_name(name: str) -> str:
+    """A profile's name as a file's name: an imported one is not to be trusted."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "imported"
+
+
+def list_profiles() -> Iterator[tuple[str, Path]]:
+    """(name, file) of every profile at hand, the user's own first."""
+    seen = set()
+    for folder in (store_folder(), bundled_folder()):
+        for path in sorted(folder.glob("*.json")):
+            if path.stem not in seen and path.stem != "schema":
+                seen.add(path.stem)
+                yield path.stem, path
+
+
+def load_named(name: str) -> DeviceProfile:
+    """A profile by its name or file. Raises UsageError, ArtifactError."""
+    if name.endswith(".json"):
+        return DeviceProfile.load(Path(name))
+    at_hand = dict(list_profiles())
+    if name not in at_hand:
+        known = ", ".join(at_hand) or "none yet"
+        raise UsageError(f"device {printable(name)!r}: no such profile; there are: {known}")
+    return DeviceProfile.load(at_hand[name])
+
+
+def merged(profile: DeviceProfile, newer: DeviceProfile) -> DeviceProfile:
+    """Both measurements of one device; where they meet, the newer one."""
+    kernels = {
+        kind: {**profile.kernels.get(kind, {}), **newer.kernels.get(kind, {})}
+        for kind in [*profile.kernels, *(k for k in newer.kernels if k not in profile.kernels)]
+    }
+    return replace(newer, kernels=kernels, overheads={**profile.overheads, **newer.overheads})

@@ -25,6 +25,7 @@ from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, Ve
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.metrics import Comparison, Estimate, compare, estimate, ratio_interval
 from apreqel.probing import sequences_at_once
+from apreqel.timing import time_file
 
 if TYPE_CHECKING:
     from apreqel.imatrix import Imatrix
@@ -42,7 +43,6 @@ class VerifySettings:
     n_ctx: int = 512
     n_scored: int = 3060
     n_prompt: int = 256
-    n_generated: int = 32
     repetitions: int = 5
     with_speed: bool = True
 
@@ -321,14 +321,12 @@ def _speeds(
     """Tokens/s of each file, the files taken in turn so that drift meets all alike."""
     prefill: list[list[float]] = [[] for _ in paths]
     decode: list[list[float]] = [[] for _ in paths]
-    n_ctx = max(settings.n_prompt, 8) + settings.n_generated
     for repetition in range(settings.repetitions):
         for i, path in enumerate(paths):
             on_progress("timing", repetition * len(paths) + i, settings.repetitions * len(paths))
-            with llama.LoadedModel(path) as model, model.context(n_ctx, 1, n_threads) as context:
-                context.seconds(8, 2)  # brings the weights in
-                prefill[i].append(settings.n_prompt / context.seconds(settings.n_prompt, 0))
-                decode[i].append(settings.n_generated / context.seconds(8, settings.n_generated))
+            run, _ = time_file(path, n_threads, settings.n_prompt)
+            prefill[i].append(1 / run.prefill)
+            decode[i].append(1 / run.decode)
     on_progress("timing", 1, 1)
     for p, d in zip(prefill, decode, strict=True):
         yield Speed(

@@ -19,6 +19,7 @@ from apreqel.inventory import read_inventory
 SCRIPT = Path(sys.executable).with_name("apreqel")
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "apreqel"]
 README = Path(__file__).parent.parent / "README.md"
+PROFILES = Path(__file__).parent.parent / "device_profiles"
 
 
 def apreqel(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -47,8 +48,10 @@ def test_help_and_version() -> None:
         ["profile"],
         ["probe"],
         ["plan"],
+        ["explain"],
         ["quantize"],
         ["verify"],
+        ["compare"],
         ["auto"],
     ):
         done = apreqel(*command, "--help")
@@ -182,7 +185,31 @@ def test_the_whole_way_and_nothing_twice(rows_576_model: Path, tmp_path: Path) -
         "Q4_X",
         "--no-speed",
     )
-    expect(6, "smallest possible file has", "plan", model, "--max-size", "100KB")
+    expect(
+        6,
+        "--max-size 100000 bytes (0.10 MB): cannot be met; the nearest",
+        "plan",
+        model,
+        "--max-size",
+        "100KB",
+    )
+    wishes = ["--min-decode-tps", "1", "--max-ram", "2GB", "--ctx", "512", "--max-kld", "1"]
+    done = apreqel("plan", model, "--prefer", "latency", *wishes)
+    assert done.returncode == 0, done.stderr
+    assert "predicted memory with a context of 512" in done.stdout
+    assert "predicted on" in done.stdout and "tokens/s (95%)" in done.stdout
+    expect(6, "the nearest possible is", "plan", model, "--min-decode-tps", "1e9")
+    expect(2, "--workload '5': give tokens of prompt and answer", "plan", model, "--workload", "5")
+    expect(2, "device 'nowhere': no such profile", "plan", model, "--device", "nowhere")
+    # What was measured can be listed, carried away and taken up.
+    (name,) = {row["name"] for row in json.loads(apreqel("profile", "list", "--json").stdout)} - {
+        path.stem for path in PROFILES.glob("*.json")
+    }
+    shown = apreqel("profile", "show", name, "--export", tmp_path / "p.json")
+    assert shown.returncode == 0 and name in shown.stdout and "█" in shown.stdout
+    assert apreqel("profile", "--import", tmp_path / "p.json").returncode == 0
+    (tmp_path / "p.json").write_text("{}")
+    expect(10, "field kind is None", "profile", "--import", tmp_path / "p.json")
 
 
 def test_second_run_in_a_folder_and_ctrl_c(llama_model: Path, tmp_path: Path) -> None:

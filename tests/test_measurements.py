@@ -16,11 +16,12 @@ import pytest
 from apreqel import (
     calibration,
     imatrix,
+    kv_cache,
     llama,
     plan,
     probing,
-    profile,
     quantize,
+    recipes,
     sensitivity,
     verify,
 )
@@ -360,7 +361,7 @@ def test_limits_hold_and_more_room_is_never_worse(
         assert made.size_bytes <= size and made.gap <= 1e-4
         assert made.kld_nats <= last * (1 + 1e-4)
         last = made.kld_nats
-    with pytest.raises(InfeasiblePlanError, match=rf"smallest possible file has {smallest} bytes"):
+    with pytest.raises(InfeasiblePlanError, match=rf"the nearest possible is {smallest} bytes"):
         make(inventory, folder, state, max_size_bytes=smallest - 1)
     floor = make(inventory, folder, state, prefer="memory", max_kld_nats=0.05)
     assert floor.kld_nats <= 0.05
@@ -384,7 +385,7 @@ def test_llama_quantize_makes_the_same_tensors_from_the_type_file(
     inventory, folder, state = probed
     weights = load_imatrix(folder, inventory)
     made = make(inventory, folder, state, target_bpw=6.5)
-    lines = plan.tensor_type_lines(made.types, inventory).splitlines()
+    lines = recipes.tensor_type_lines(made.types, inventory).splitlines()
     pairs = [line.split("=") for line in lines]
     assert all(re.fullmatch(r"\^[a-z0-9_\\.]+\$=[a-z0-9_]+", line) for line in lines)
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
@@ -433,55 +434,25 @@ def test_sizes_nobody_means() -> None:
             plan.parse_size(text)
 
 
-# --- profiles ------------------------------------------------------------------------------------
+# --- the KV cache --------------------------------------------------------------------------------
 
 
-def test_profile_times_every_legal_type(llama_model: Path, tmp_path: Path) -> None:
+def test_kv_cache_types_are_probed(llama_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(llama_model)
-    measured = profile.measure_profile(
-        inventory,
-        SHA,
-        tmp_path,
-        n_threads=2,
-        n_prompt=16,
-        n_generated=4,
-        types=["F16", "Q8_0", "Q4_K", "IQ4_NL"],
-    )
-    assert list(measured.timings) == ["F16", "Q8_0", "Q4_K", "IQ4_NL"]
-    assert all(t.decode_seconds > 0 and t.repetitions >= 5 for t in measured.timings.values())
-    measured.save(tmp_path / "p.json")
-    loaded = profile.DeviceProfile.load(tmp_path / "p.json", SHA)
-    assert loaded.timings["Q4_K"].decode_seconds == measured.timings["Q4_K"].decode_seconds
-    types = {t.name: "Q8_0" if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
-    prefill, decode = loaded.seconds_per_token(inventory, types) or (0, 0)
-    assert prefill == pytest.approx(measured.timings["Q8_0"].prefill_seconds)
-    assert decode == pytest.approx(measured.timings["Q8_0"].decode_seconds)
-    assert loaded.seconds_per_token(inventory, types | {"output.weight": "Q2_K"}) is None
-
-
-def test_standard_shapes_run(tmp_path: Path) -> None:
-    measured = profile.measure_profile(
-        None, "", tmp_path, n_threads=2, n_prompt=4, n_generated=1, types=["Q4_0"]
-    )
-    assert measured.shapes == "standard" and measured.timings["Q4_0"].file_types == pytest.approx(
-        {"Q4_0": 1.0}
-    )
-
-
-def test_times_of_types_are_solved_from_mixed_files() -> None:
-    true = {"A": 2.0, "B": 1.0, "C": 5.0}
-    mixes = {"A": {"A": 1.0}, "B": {"B": 0.4, "A": 0.6}, "C": {"C": 0.25, "A": 0.5, "B": 0.25}}
-    files = {k: (mix, sum(s * true[t] for t, s in mix.items())) for k, mix in mixes.items()}
-    assert profile.solve_types(files) == pytest.approx(true)
+    found = kv_cache.measure_kv(inventory, SHA, texts(), 2)
+    assert set(found.k) == set(found.v) == set(kv_cache.KV_TYPES) - {"F16"} and not found.excluded
+    for probes in (found.k, found.v):
+        assert 0 <= probes["Q8_0"].mean < probes["Q4_0"].mean
+        assert probes["Q5_1"].mean < probes["Q4_1"].mean
+    found.save(tmp_path / "kv.json")
+    assert kv_cache.KvSensitivity.load(tmp_path / "kv.json", SHA) == found
 
 
 # --- verification --------------------------------------------------------------------------------
 
 
 def verified(inventory: Inventory, folder: Path, files: dict[str, Path], **options: object):  # type: ignore[no-untyped-def]
-    settings = verify.VerifySettings(
-        n_ctx=128, n_scored=500, n_prompt=16, n_generated=4, repetitions=2
-    )
+    settings = verify.VerifySettings(n_ctx=128, n_scored=500, n_prompt=16, repetitions=2)
     return verify.verify(
         inventory,
         SHA,

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from apreqel import calibration, pipeline, plan, quantize, verify
 from apreqel.console import Reporter
-from apreqel.device import default_threads
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 
@@ -29,7 +28,6 @@ def main() -> None:
     with pipeline.open_workspace(
         args.model,
         workdir=args.workdir,
-        n_threads=default_threads(),
         allow_requantize=True,
         on_progress=Reporter(),
     ) as space:

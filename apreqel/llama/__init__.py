@@ -185,6 +185,16 @@ def reason() -> str:
     return printable(errors[0], 200) if errors else "llama.cpp gave no reason"
 
 
+GPU_DEVICES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU
+_ALL_LAYERS = 999
+_FLASH_ATTENTION_ON = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
+
+
+def has_gpu() -> bool:
+    """Whether llama-cpp-python was built for a GPU that is there."""
+    return bool(library().llama_supports_gpu_offload())
+
+
 # --- quant types in ggml -------------------------------------------------------------------------
 
 
@@ -218,17 +228,24 @@ def fake_quantize(
 
     Goes through ggml itself, so that the values are those of the real file.
     """
-    rows, row_length = weights.shape
-    assert weights.dtype == np.float32 and weights.flags.c_contiguous
-    ggml = _ggml()
-    packed = np.empty(qtype.size_bytes((row_length, rows)), np.uint8)
-    weight_pointer = None if imatrix is None else imatrix.ctypes.data
-    ggml.ggml_quantize_chunk(
-        qtype.ggml_id, weights.ctypes.data, packed.ctypes.data, 0, rows, row_length, weight_pointer
-    )
+    packed = quantize_rows(weights, qtype, imatrix)
     values = np.empty_like(weights) if out is None else out
     read_values(packed, qtype, values)
     return values
+
+
+def quantize_rows(
+    weights: Floats, qtype: QuantType, imatrix: Floats | None
+) -> npt.NDArray[np.uint8]:
+    """Bytes of `weights` [rows, row length] in `qtype`; `imatrix` [row length]."""
+    rows, row_length = weights.shape
+    assert weights.dtype == np.float32 and weights.flags.c_contiguous
+    packed = np.empty(qtype.size_bytes((row_length, rows)), np.uint8)
+    weight_pointer = None if imatrix is None else imatrix.ctypes.data
+    _ggml().ggml_quantize_chunk(
+        qtype.ggml_id, weights.ctypes.data, packed.ctypes.data, 0, rows, row_length, weight_pointer
+    )
+    return packed
 
 
 def read_values(packed: npt.NDArray[np.uint8], qtype: QuantType, out: Floats) -> None:
@@ -255,17 +272,17 @@ Listener = Callable[[str, Floats, "Tokens | None"], None]
 class LoadedModel:
     """One model in llama.cpp. A context manager; use its contexts one thread at a time."""
 
-    def __init__(self, path: Path, *, patchable: bool = False) -> None:
-        """Load `path`, on the CPU. Raises EngineError where llama.cpp cannot.
+    def __init__(self, path: Path, *, patchable: bool = False, offload: bool = False) -> None:
+        """Load `path`, on the CPU unless `offload`. Raises EngineError where llama.cpp cannot.
 
         `patchable` keeps the weights in the file's map (not repacked), so that writes to the file
-        reach the next evaluation.
+        reach the next evaluation. `offload` puts all layers on a GPU where this build has one.
         """
-        self.path = path
+        self.path, self.on_gpu = path, offload and has_gpu()
         c = library()
         _log.clear()
         params = c.llama_model_default_params()
-        params.n_gpu_layers = 0
+        params.n_gpu_layers = _ALL_LAYERS if self.on_gpu else 0
         params.use_extra_bufts = not patchable
         with _interrupts_deferred():
             self._model = c.llama_model_load_from_file(os.fsencode(path), params)
@@ -317,10 +334,21 @@ class LoadedModel:
 
     @contextmanager
     def context(
-        self, n_ctx: int, n_sequences: int, n_threads: int, listener: Listener | None = None
+        self,
+        n_ctx: int,
+        n_sequences: int,
+        n_threads: int,
+        listener: Listener | None = None,
+        *,
+        as_users_run: bool = False,
+        cache_types: tuple[QuantType, QuantType] | None = None,
     ) -> Iterator[Context]:
-        """A context for `n_sequences` independent sequences of `n_ctx` tokens each."""
-        context = Context(self, n_ctx, n_sequences, n_threads, listener)
+        """A context for `n_sequences` independent sequences of `n_ctx` tokens each.
+
+        It evaluates all of them at once; `as_users_run` keeps llama.cpp's own batch sizes, which
+        its speed and memory depend on. `cache_types` are those of K and V, with flash attention.
+        """
+        context = Context(self, n_ctx, n_sequences, n_threads, listener, as_users_run, cache_types)
         try:
             yield context
         finally:
@@ -337,6 +365,8 @@ class Context:
         n_sequences: int,
         n_threads: int,
         listener: Listener | None,
+        as_users_run: bool,
+        cache_types: tuple[QuantType, QuantType] | None,
     ) -> None:
         self.model, self.n_ctx, self.n_sequences = model, n_ctx, n_sequences
         self._listener = listener
@@ -344,10 +374,15 @@ class Context:
         self._interrupts: list[int] = []
         c = library()
         params = c.llama_context_default_params()
-        params.n_ctx = params.n_batch = params.n_ubatch = n_ctx * n_sequences
+        params.n_ctx = n_ctx * n_sequences
+        if cache_types is not None:
+            params.type_k, params.type_v = (kind.ggml_id for kind in cache_types)
+            params.flash_attn_type = _FLASH_ATTENTION_ON
+        if not as_users_run:
+            params.n_batch = params.n_ubatch = params.n_ctx
         params.n_seq_max = n_sequences
         params.n_threads = params.n_threads_batch = n_threads
-        params.offload_kqv = params.op_offload = False
+        params.offload_kqv = params.op_offload = model.on_gpu
         params.no_perf = True
         self._callback = c.ggml_backend_sched_eval_callback(self._on_eval)
         if listener is not None:
@@ -355,6 +390,7 @@ class Context:
         self._context = c.llama_init_from_model(model._model, params)
         if not self._context:
             raise EngineError(f"{model.path}: llama.cpp cannot make a context: {reason()}")
+        self._n_batch = int(c.llama_n_batch(self._context))
         self._batch = c.llama_batch_init(n_ctx * n_sequences, 0, 1)
 
     def close(self) -> None:
@@ -394,22 +430,44 @@ class Context:
         if code:
             raise EngineError(f"{self.model.path}: llama_decode ended with {code}: {reason()}")
 
-    def seconds(self, n_prompt: int, n_generated: int) -> float:
-        """Seconds for a prompt of `n_prompt` tokens, or for `n_generated` one by one after it.
-
-        With `n_generated` 0 the prompt is timed; otherwise only the generation is.
-        """
+    def seconds(self, n_prompt: int, n_generated: int) -> tuple[float, float]:
+        """Seconds for a prompt of `n_prompt` tokens, and for `n_generated` one by one after it."""
         c = library()
         c.llama_memory_clear(c.llama_get_memory(self._context), True)
-        self._fill(0, n_prompt)
         started = time.perf_counter()
-        self._run()
-        if n_generated:
-            started = time.perf_counter()
-            for i in range(n_generated):
-                self._fill(n_prompt + i, 1)
-                self._run()
-        return time.perf_counter() - started
+        for first in range(0, n_prompt, self._n_batch):
+            self._fill(first, min(self._n_batch, n_prompt - first))
+            self._run()
+        prompted = time.perf_counter()
+        for i in range(n_generated):
+            self._fill(n_prompt + i, 1)
+            self._run()
+        return prompted - started, time.perf_counter() - prompted
+
+    def sampling_seconds(self, repetitions: int = 5) -> float:
+        """Seconds to pick one token from the last logits, as llama-cli does unless told otherwise.
+
+        Top-k 40, top-p 0.95, min-p 0.05, temperature 0.8. The least of `repetitions`.
+        """
+        c = library()
+        chain = c.llama_sampler_chain_init(c.llama_sampler_chain_default_params())
+        for sampler in (
+            c.llama_sampler_init_top_k(40),
+            c.llama_sampler_init_top_p(0.95, 1),
+            c.llama_sampler_init_min_p(0.05, 1),
+            c.llama_sampler_init_temp(0.8),
+            c.llama_sampler_init_dist(0),
+        ):
+            c.llama_sampler_chain_add(chain, sampler)
+        taken = []
+        try:
+            for _ in range(repetitions):
+                started = time.perf_counter()
+                c.llama_sampler_sample(chain, self._context, -1)
+                taken.append(time.perf_counter() - started)
+        finally:
+            c.llama_sampler_free(chain)
+        return min(taken)
 
     def _fill(self, start: int, count: int) -> None:
         batch = self._batch
@@ -474,6 +532,54 @@ def _read_tensor(pointer: int, dtype: np.dtype[Any]) -> Any:
 def _buffer_of(tensor: Any) -> int:
     """A view has the buffer of what it looks into."""
     return int(_tensor_at(tensor.view_src).buffer if tensor.view_src else tensor.buffer)
+
+
+# --- memory --------------------------------------------------------------------------------------
+
+_BUFFER_LINE = re.compile(r"^\S+: +(\S+) +(\S+) buffer size = +([\d.]+) MiB", re.MULTILINE)
+_KV_LINE = re.compile(
+    r"^llama_kv_cache\S*: size = +([\d.]+) MiB"
+    r"(?:.*K \(\S+\): +([\d.]+) MiB, V \(\S+\): +([\d.]+) MiB)?",
+    re.MULTILINE,
+)
+_LOAD_WITHOUT_MAP = 0  # LLAMA_LOAD_MODE_NONE
+
+
+def memory_accounting(
+    path: Path, n_ctx: int, type_k: QuantType, type_v: QuantType
+) -> dict[str, int]:
+    """Bytes that llama.cpp would reserve for `path`: {"kv", "k", "v", "compute", "output"}.
+
+    Its own simulation (no_alloc): no weight is read, nothing is allocated. Raises EngineError.
+    """
+    c, lines = library(), list[str]()
+    model_params, params = c.llama_model_default_params(), c.llama_context_default_params()
+    model_params.n_gpu_layers, model_params.no_alloc = 0, True
+    model_params.load_mode = _LOAD_WITHOUT_MAP
+    params.n_ctx, params.type_k, params.type_v = n_ctx, type_k.ggml_id, type_v.ggml_id
+    if type_v.is_quantized:
+        params.flash_attn_type = _FLASH_ATTENTION_ON
+    params.offload_kqv = params.op_offload = False
+    _log.clear()
+    with _listen_to_log(lines):
+        model = c.llama_model_load_from_file(os.fsencode(path), model_params)
+        if not model:
+            raise EngineError(f"{path}: llama.cpp cannot load it: {reason()}")
+        context = c.llama_init_from_model(model, params)
+        if context:
+            c.llama_free(context)
+        c.llama_model_free(model)
+    if not context:
+        raise EngineError(f"{path}: llama.cpp cannot make a context of {n_ctx}: {reason()}")
+    text = "".join(lines)
+    kinds = dict.fromkeys(("kv", "k", "v", "compute", "output"), 0.0)
+    for both, k, v in _KV_LINE.findall(text):
+        for kind, size in (("kv", both), ("k", k or 0), ("v", v or 0)):
+            kinds[kind] += float(size)
+    for _, kind, size in _BUFFER_LINE.findall(text):
+        if kind in ("compute", "output"):
+            kinds[kind] += float(size)
+    return {kind: int(size * 2**20) for kind, size in kinds.items()}
 
 
 # --- llama.cpp's own quantiser -------------------------------------------------------------------

@@ -1,0 +1,145 @@
+"""The same measurements and bytes, other ways to choose: an ablation for readers of papers.
+
+Every strategy gets the sensitivity, the imatrix and the file size that ours gets; what differs is
+how types are chosen. The files are real, and so are the divergences and speeds that are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apreqel.knapsack import Limit, solve
+from apreqel.options import Options, build_options
+from apreqel.plan import stock_map
+from apreqel.qtypes import lookup
+from apreqel.sensitivity import TensorSensitivity
+
+if TYPE_CHECKING:
+    from apreqel.inventory import Inventory
+    from apreqel.knapsack import Choice
+    from apreqel.options import Doubles
+    from apreqel.profile import DeviceProfile
+    from apreqel.sensitivity import Sensitivity
+
+# APreQEL (arXiv 2603.23575): tensors by score, this part low, middle and high precision.
+_QUOTAS = (0.50, 0.35, 0.15)
+_EPSILON = 1e-6
+_STOCK = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
+
+
+def strategies(
+    inventory: Inventory,
+    sensitivity: Sensitivity,
+    records: Sequence[bytes],
+    file_bytes: int,
+    profile: DeviceProfile | None,
+) -> dict[str, dict[str, str]]:
+    """A map of types by strategy, each of at most `file_bytes`; those that cannot be are left out.
+
+    uniform: the largest single type that fits. stock: the largest preset that fits. error only:
+    least sum of relative output errors. layer score: (latency + memory) / (sensitivity + eps) with
+    quotas of 50, 35 and 15% (needs a profile). first order: the knapsack from one probe a tensor.
+    apreqel: the knapsack from all probes.
+    """
+    options = build_options(inventory, sensitivity, records)
+    limit = options.size_limit(file_bytes)
+    own = {t.name: t.qtype.name for t in inventory.tensors}
+    made: dict[str, dict[str, str]] = {}
+
+    def solved(label: str, costs: Sequence[Doubles]) -> None:
+        made[label] = own | options.types_of(solve(costs, [limit]))
+
+    uniform = _largest_uniform(options, limit)
+    if uniform is not None:
+        made["uniform"] = own | _types(options, uniform)
+    stock = {name: stock_map(inventory, sensitivity, name) for name in _STOCK}
+    fitting = [s for s in stock.values() if inventory.output_size(s, records) <= file_bytes * 1.001]
+    if fitting:
+        made["stock"] = max(fitting, key=inventory.output_size)
+    solved("error only", _rows(options, lambda name, kind: sensitivity.tensors[name].errors[kind]))
+    if profile is not None:
+        scored = _layer_score(inventory, options, limit, profile)
+        if scored is not None:
+            made["layer score"] = own | _types(options, scored)
+    first = {name: _first_probe_alone(known) for name, known in sensitivity.tensors.items()}
+    solved("first order", _rows(options, lambda name, kind: first[name].damage(kind)))
+    solved("apreqel", options.damages)
+    return made
+
+
+def _rows(options: Options, cost: Callable[[str, str], float]) -> list[Doubles]:
+    """A cost for every option (tensor, type); a tensor's own type costs nothing."""
+    return [
+        np.array([cost(name, kind) if d > 0 else 0.0 for kind, d in zip(kinds, row, strict=True)])
+        for name, kinds, row in zip(options.names, options.types, options.damages, strict=True)
+    ]
+
+
+def _first_probe_alone(known: TensorSensitivity) -> TensorSensitivity:
+    return replace(known, probes=dict(list(known.probes.items())[:1]))
+
+
+def _types(options: Options, choice: Choice) -> dict[str, str]:
+    return {
+        name: kinds[c] for name, kinds, c in zip(options.names, options.types, choice, strict=True)
+    }
+
+
+def _fits(limit: Limit, choice: Choice) -> bool:
+    return sum(float(row[c]) for row, c in zip(limit.costs, choice, strict=True)) <= limit.at_most
+
+
+def _nearest(options: Options, i: int, bits: float) -> int:
+    """The option of tensor i nearest to so many bits per weight."""
+    found = [abs(lookup(kind).bits_per_weight - bits) for kind in options.types[i]]
+    return int(np.argmin(found))
+
+
+def _largest_uniform(options: Options, limit: Limit) -> Choice | None:
+    """One type for all, where rows do not hold it the nearest: the largest that fits."""
+    kinds = {kind for row in options.types for kind in row}
+    best: tuple[float, Choice] | None = None
+    for kind in kinds:
+        bits = lookup(kind).bits_per_weight
+        choice = tuple(
+            row.index(kind) if kind in row else _nearest(options, i, bits)
+            for i, row in enumerate(options.types)
+        )
+        if _fits(limit, choice) and (best is None or bits > best[0]):
+            best = bits, choice
+    return best[1] if best else None
+
+
+def _layer_score(
+    inventory: Inventory, options: Options, limit: Limit, profile: DeviceProfile
+) -> Choice | None:
+    """Rank tensors by (latency + memory) / (sensitivity + eps), each part scaled to its largest.
+
+    The quotas of the ranking get three neighbouring widths of bits; the widest that fit are taken.
+    """
+    n = len(options.names)
+    reference = [_nearest(options, i, 4.5) for i in range(n)]
+    latency, memory, harm = np.zeros(n), np.zeros(n), np.zeros(n)
+    for i, (name, j) in enumerate(zip(options.names, reference, strict=True)):
+        tensor = inventory.by_name[name]
+        kinds = profile.types_for(tensor, inventory)
+        if options.types[i][j] in kinds:
+            latency[i] = profile.tensor_seconds(tensor, inventory, options.types[i][j], decode=True)
+        memory[i], harm[i] = options.sizes[i][j], options.damages[i][j]
+    scaled = [row / (row.max() or 1.0) for row in (latency, memory, harm)]
+    order = np.argsort(-(scaled[0] + scaled[1]) / (scaled[2] + _EPSILON))
+    cuts = np.cumsum([round(quota * n) for quota in _QUOTAS[:2]])
+    level = np.empty(n, int)
+    for rank, i in enumerate(order):
+        level[i] = int(np.searchsorted(cuts, rank, side="right"))
+    best: tuple[float, Choice] | None = None
+    for low in np.arange(1.5, 8.5, 0.125):
+        widths = low, low + 1.0, low + 2.5
+        choice = tuple(_nearest(options, i, widths[level[i]]) for i in range(n))
+        if _fits(limit, choice) and (best is None or low > best[0]):
+            best = float(low), choice
+    return best[1] if best else None

@@ -1,0 +1,121 @@
+"""What quantising the KV cache costs: its damage by type, measured, and its bytes.
+
+The K and the V cache are two more choices beside the weights: in a long context they are most of
+the memory. Each type is probed by itself on the unquantised model: KL divergence on calibration
+text in chunks of 512 tokens, against the F16 cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apreqel import artifacts, calibration, llama
+from apreqel.artifacts import Provenance
+from apreqel.errors import ArtifactError, EngineError
+from apreqel.metrics import Comparison, Estimate, compare, estimate
+from apreqel.probing import sequences_at_once
+from apreqel.qtypes import lookup
+
+if TYPE_CHECKING:
+    from apreqel.calibration import Text
+    from apreqel.inventory import Inventory
+
+KV_FILE = "kv-cache.json"
+
+# What llama.cpp's -ctk and -ctv take, and its CPU kernels of flash attention read.
+KV_TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+USUAL = "F16"
+
+_CHUNKS, _CTX = 4, 512
+_IMATRIX_CHUNKS = 48  # left out of the probe text, as in `sensitivity`
+
+
+@dataclass(frozen=True)
+class KvSensitivity:
+    """KL divergence in nats by type, for each cache alone; what llama.cpp refused is excluded."""
+
+    provenance: Provenance
+    k: Mapping[str, Estimate]
+    v: Mapping[str, Estimate]
+    excluded: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, path: Path) -> None:
+        data = {name: value for name, value in asdict(self).items() if name != "provenance"}
+        artifacts.save(path, "kv-cache", self.provenance, data)
+
+    @classmethod
+    def load(cls, path: Path, model_sha256: str) -> KvSensitivity:
+        """Raises ArtifactError."""
+        provenance, data = artifacts.load(path, "kv-cache", model_sha256)
+        try:
+            for cache in ("k", "v"):
+                data[cache] = {kind: Estimate(**row) for kind, row in data[cache].items()}
+            return cls(provenance, **data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
+
+
+def measure_kv(
+    inventory: Inventory,
+    model_sha256: str,
+    texts: Sequence[Text],
+    n_threads: int,
+    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> KvSensitivity:
+    """Probe both caches in every type that the model's heads can hold. Raises EngineError."""
+    probes: dict[str, dict[str, Estimate]] = {"k": {}, "v": {}}
+    excluded = {}
+    wanted = [(cache, kind) for cache in probes for kind in KV_TYPES if kind != USUAL]
+    with (
+        llama.LoadedModel(inventory.files[0]) as model,
+        ThreadPoolExecutor(n_threads) as pool,
+    ):
+        n_ctx = min(_CTX, model.context_length or _CTX)
+        _, tokens = calibration.split_for_calibration(
+            model,
+            texts,
+            imatrix_chunks=_IMATRIX_CHUNKS,
+            imatrix_ctx=n_ctx,
+            probe_chunks=_CHUNKS,
+            probe_ctx=n_ctx,
+        )
+        n = sequences_at_once(n_ctx, model.n_vocab, 1)
+        per_chunk = tokens.n_scored // tokens.n_chunks
+        following = tokens.next_tokens.reshape(-1)
+
+        def logits(k: str, v: str) -> list[np.ndarray]:  # type: ignore[type-arg]
+            kinds = lookup(k), lookup(v)
+            with model.context(n_ctx, n, n_threads, cache_types=kinds) as context:
+                return [context.evaluate(c[None], tokens.scored).copy() for c in tokens.tokens]
+
+        reference = logits(USUAL, USUAL)
+        for i, (cache, kind) in enumerate(wanted):
+            on_progress("probing the KV cache", i, len(wanted))
+            try:
+                found = logits(kind, USUAL) if cache == "k" else logits(USUAL, kind)
+            except EngineError as error:
+                excluded[f"{cache} {kind}"] = str(error)
+                continue
+            result = Comparison.joined(
+                [
+                    compare(found[j], reference[j], following[j * per_chunk :][:per_chunk], pool)
+                    for j in range(tokens.n_chunks)
+                ]
+            )
+            if result.is_finite:
+                probes[cache][kind] = estimate(result.kld_nats, tokens.n_chunks)
+            else:
+                excluded[f"{cache} {kind}"] = "the probe gave NaN or Inf"
+    on_progress("probing the KV cache", len(wanted), len(wanted))
+    provenance = Provenance(
+        model_sha256,
+        llama.build_info(),
+        settings={"n_ctx": n_ctx, "texts": {t.name: t.sha256 for t in texts}},
+    )
+    return KvSensitivity(provenance, probes["k"], probes["v"], excluded)

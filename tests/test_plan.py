@@ -1,0 +1,369 @@
+"""Limits, priorities, the front, recipes and explanations, on measurements made up in the test."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_profile import made_up, uniform
+
+from apreqel import compare, explain, front, llama, memory, options, plan, recipes, timing
+from apreqel.artifacts import Provenance
+from apreqel.errors import InfeasiblePlanError, UsageError
+from apreqel.inventory import Inventory, read_inventory
+from apreqel.knapsack import Limit, solve
+from apreqel.kv_cache import KvSensitivity
+from apreqel.metrics import Estimate
+from apreqel.options import Constraints
+from apreqel.plan import PlanRequest
+from apreqel.qtypes import lookup
+from apreqel.sensitivity import Sensitivity, TensorSensitivity
+
+TYPES = ("Q3_K", "Q4_0", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
+SECONDS = {  # decode and prefill per million weights: the slow ones are neither large nor small
+    "Q3_K": (5.0, 1.0),
+    "Q4_0": (2.0, 0.5),
+    "IQ4_NL": (2.1, 0.6),
+    "Q4_K": (2.5, 0.6),
+    "Q5_1": (6.0, 2.0),
+    "Q6_K": (5.0, 1.5),
+    "Q8_0": (4.0, 0.7),
+    "F16": (8.0, 0.9),
+}
+
+
+def measured(inventory: Inventory, seed: int = 0) -> Sensitivity:
+    """Every tensor with a sensitivity of its own; the damage falls fourfold with each bit."""
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for tensor in inventory.quantizable:
+        kinds = [t for t in TYPES if t in tensor.legal_types]
+        noise = random.uniform(0.7, 1.4, len(kinds))
+        errors = {
+            t: float(n * 4.0 ** -lookup(t).bits_per_weight)
+            for t, n in zip(kinds, noise, strict=True)
+        }
+        first = kinds[0]
+        worth = float(random.lognormal(0, 1))
+        tensors[tensor.name] = TensorSensitivity(
+            errors, {first: Estimate(worth * errors[first], 1e-9, 100)}
+        )
+    return Sensitivity(Provenance("s" * 64), tensors, complete=True)
+
+
+@pytest.fixture(scope="module")
+def inventory(llama_model: Path) -> Inventory:
+    return read_inventory(llama_model)
+
+
+def solved(inventory: Inventory, request: PlanRequest) -> plan.Solved:
+    profile = replace(made_up(inventory, SECONDS))
+    return plan.solve_request(inventory, measured(inventory), request, [], profile)
+
+
+def total(rows: options.Options | list[np.ndarray], choice: tuple[int, ...]) -> float:  # type: ignore[type-arg]
+    return float(sum(row[c] for row, c in zip(rows, choice, strict=True)))  # type: ignore[arg-type]
+
+
+# --- limits and priorities -----------------------------------------------------------------------
+
+
+def test_every_limit_is_kept_and_the_prices_are_true(inventory: Inventory) -> None:
+    free = solved(inventory, PlanRequest("accuracy", max_size_bytes=10**9))
+    assert all(limit.name == "--max-size" for limit in free.limits) and not list(free.binding())
+    timings = free.options.timings
+    assert timings is None  # nothing asked for speed
+    request = PlanRequest("accuracy", max_size_bytes=1_400_000, min_decode_tps=0.05)
+    found = solved(inventory, request)
+    for limit in found.limits:
+        assert total(limit.costs, found.solution.choice) <= limit.at_most * (1 + 1e-9)
+    binding = list(found.binding())
+    assert [b.limit for b in binding] == ["--max-size"]
+    # One more MB buys less than the price says (the front is convex), but not nothing.
+    more = solved(inventory, replace(request, max_size_bytes=1_410_000))
+    gained = found.solution.objective - more.solution.objective
+    assert 0 < gained <= 1.3 * binding[0].buys / 100
+
+
+def test_wishes_that_cannot_be_met_together_are_answered(inventory: Inventory) -> None:
+    request = PlanRequest("accuracy", min_decode_tps=0.0705, max_size_bytes=900_000)
+    slow = solved(inventory, replace(request, min_decode_tps=0.01))
+    with pytest.raises(InfeasiblePlanError) as caught:
+        solved(inventory, replace(request, max_kld_nats=1e-9))
+    message = str(caught.value)
+    assert message.startswith(
+        "no choice meets --max-size 900000 bytes (0.90 MB) and --max-kld 0.00000 nats and"
+    )
+    assert "with the others as they are, possible is --max-kld 0.0" in message
+    with pytest.raises(InfeasiblePlanError, match=r"tokens/s: cannot be met; the nearest possible"):
+        solved(inventory, PlanRequest(min_prefill_tps=1e6))
+    limits = [*slow.limits, slow.options.damage_limit(slow.solution.objective * 0.9)]
+    with pytest.raises(InfeasiblePlanError) as caught:
+        solve(slow.options.sizes, limits)
+    message = str(caught.value)
+    assert (
+        "--max-size 900000 bytes (0.90 MB)" in message
+        and "with the others as they are, possible is" in message
+    )
+    # Its advice is right: with that KLD it works.
+    nats = float(message.split("or --max-kld ")[1].split()[0])
+    solve(slow.options.sizes, [*slow.limits, slow.options.damage_limit(nats + 1e-5)])
+
+
+def test_latency_is_of_the_workload(inventory: Inventory) -> None:
+    for workload in ((512, 0), (0, 128)):
+        request = PlanRequest("latency", max_kld_nats=1.0, workload=workload)
+        found = solved(inventory, request)
+        assert found.unit == "seconds"
+        rows = found.options.timings.prefill if workload[0] else found.options.timings.decode
+        least = sum(float(row.min()) for row in rows)
+        assert found.solution.objective == pytest.approx(max(workload) * least, rel=1e-3)
+
+
+def test_weights_pull_where_they_are_put(inventory: Inventory) -> None:
+    def at(**weights: float) -> plan.Solved:
+        return solved(inventory, PlanRequest(weights=weights))
+
+    def size(s: plan.Solved) -> float:
+        return total(s.options.sizes, s.solution.choice)
+
+    light, close, even = at(memory=1), at(accuracy=1), at(memory=1, accuracy=1, latency=1)
+    assert size(light) < size(even) < size(close)
+    assert total(even.options.damages, even.solution.choice) < total(
+        light.options.damages, light.solution.choice
+    )
+    with pytest.raises(UsageError, match="give memory=NUMBER"):
+        plan.parse_weights("speed=1")
+    assert plan.parse_weights("memory=1, latency=.5") == {"memory": 1.0, "latency": 0.5}
+
+
+def test_pins_and_types_by_hand(inventory: Inventory) -> None:
+    constraints = options.parse_constraints(
+        ["*=Q4_0", "blk.0.*=q8_0", "blk.0.ffn_down.weight=Q6_K"], "Q4_0,Q8_0", None
+    )
+    found = solved(inventory, PlanRequest(max_size_bytes=10**9, constraints=constraints))
+    types = found.options.types_of(found.solution)
+    assert types["blk.0.attn_q.weight"] == "Q8_0" and types["blk.0.ffn_down.weight"] == "Q6_K"
+    assert types["blk.1.attn_q.weight"] == "Q4_0"
+    without = Constraints(exclude_types=["Q4_0", "F16"])
+    kinds = solved(inventory, PlanRequest(max_size_bytes=10**9, constraints=without)).options.types
+    assert all("Q4_0" not in row and "F16" not in row for row in kinds)
+    for pins, only, message in (
+        (["nothing.*=Q4_0"], None, "matches no tensor"),
+        (["blk.0.*"], None, "give pattern=TYPE"),
+        (["blk.0.*=Q2_K"], None, "--pin blk.0.attn_q.weight=Q2_K: it can be"),
+        ([], "Q2_K", "leave nothing for tensor"),
+    ):
+        with pytest.raises(UsageError, match=message.replace("*", r"\*").replace(".", r"\.")):
+            made = options.parse_constraints(pins, only, None)
+            solved(inventory, PlanRequest(max_size_bytes=10**9, constraints=made))
+
+
+def test_the_cache_is_planned_with_the_weights(inventory: Inventory) -> None:
+    probes = {"Q8_0": Estimate(1e-4, 1e-6, 9), "Q4_0": Estimate(5e-3, 1e-6, 9)}
+    kv, state = KvSensitivity(Provenance("s" * 64), probes, probes), measured(inventory)
+    profile = made_up(inventory, SECONDS)
+    n_ctx = 2048
+    caches = memory.cache_bytes(inventory, n_ctx)
+    # Keys and values of every layer and head, two bytes each.
+    assert sum(caches) == pytest.approx(2 * 2 * n_ctx * 2 * 64 * 2, rel=0.01)
+    chosen = []
+    for ram in (4_800_000, 3_500_000, 2_500_000):
+        request = PlanRequest("accuracy", max_ram_bytes=ram, n_ctx=n_ctx)
+        found = plan.solve_request(inventory, state, request, [], profile, kv)
+        types = found.options.types_of(found.solution)
+        kinds = [types.pop(name) for name in options.CACHES]
+        chosen.append(kinds)
+        size = inventory.output_size(types)
+        used = memory.memory_use(profile, inventory, types, size, n_ctx, kinds).total_bytes
+        assert 0.93 * ram <= used <= ram
+    assert chosen[0] == ["F16", "F16"] and "F16" not in chosen[-1]
+    tight = found.options.fixed_bytes + int(sum(row.min() for row in found.options.sizes)) + 200_000
+    longest = plan.with_longest_context(
+        inventory, state, PlanRequest(max_ram_bytes=tight, max_kld_nats=9), profile, kv, []
+    )
+    assert longest.n_ctx is not None and 256 <= longest.n_ctx < 2048
+    plan.solve_request(inventory, state, longest, [], profile, kv)
+    with pytest.raises(InfeasiblePlanError):
+        beyond = replace(longest, n_ctx=longest.n_ctx + 256)
+        plan.solve_request(inventory, state, beyond, [], profile, kv)
+    with pytest.raises(UsageError, match="give --max-ram or --fit"):
+        plan.with_longest_context(inventory, state, PlanRequest(), profile, kv, [])
+
+
+def test_few_changes_against_stock(inventory: Inventory) -> None:
+    stock = llama.stock_types(
+        inventory.files[0], "Q4_K_M", has_imatrix_for=[t.name for t in inventory.quantizable]
+    )
+    request = PlanRequest(max_size_bytes=2_000_000, max_type_changes=3)
+    found = solved(inventory, request)
+    types = found.options.types_of(found.solution)
+    assert 0 < sum(types[name] != stock[name] for name in types) <= 3
+
+
+def test_degradation_is_of_perplexity() -> None:
+    assert plan.parse_degradation("1%") == pytest.approx(0.00995, abs=1e-5)
+    for text in ("1", "-1%", "0%", "one%"):
+        with pytest.raises(UsageError):
+            plan.parse_degradation(text)
+
+
+# --- front, ladder, explanations -----------------------------------------------------------------
+
+
+def test_no_point_of_the_front_is_beaten(inventory: Inventory) -> None:
+    profile, state = made_up(inventory, SECONDS), measured(inventory)
+    found = front.pareto_front(inventory, state, PlanRequest(), [], profile, 12)
+    rows = [
+        (p.size_bytes, p.kld_nats, -p.speed.decode.value, -p.speed.prefill.value)
+        for p in found.points
+        if p.speed
+    ]
+    assert 6 <= len(rows) == len(found.points) <= 12
+    for a, b in itertools.permutations(rows, 2):
+        assert not all(x <= y for x, y in zip(a, b, strict=True))
+    for point in found.points:
+        assert inventory.output_size(point.types) == point.size_bytes
+    assert [p.label for p in found.stock][:2] == ["Q3_K_M", "Q4_K_S"]
+    # Without a device profile, size and damage alone.
+    plain = front.pareto_front(inventory, state, PlanRequest(), [], None, 6)
+    sizes = [p.size_bytes for p in plain.points]
+    assert sizes == sorted(sizes) and all(p.speed is None for p in plain.points)
+
+
+def test_an_explanation_holds_when_tried(inventory: Inventory) -> None:
+    request = PlanRequest("accuracy", max_size_bytes=1_300_000)
+    found, state = solved(inventory, request), measured(inventory)
+    rows = explain.explain_tensor(found, state, "blk.0.ffn_down.weight")
+    (chosen,) = [row for row in rows if row.is_chosen]
+    types = found.options.types_of(found.solution)
+    assert chosen.type_name == types["blk.0.ffn_down.weight"]
+    assert min(row.regret for row in rows) == 0
+    probed = [row.type_name for row in rows if row.probed]
+    assert probed == ["Q3_K"]
+    # Where a tensor is said to change at a lower price of bytes, more room makes it change.
+    exchanges = explain.nearest_exchanges(found, 100)
+    assert [e.regret for e in exchanges] == sorted(e.regret for e in exchanges)
+    larger = solved(inventory, replace(request, max_size_bytes=1_700_000))
+    ratio = larger.solution.prices[0] / found.solution.prices[0]
+    changed = larger.options.types_of(larger.solution)
+    for e in exchanges:
+        grows = lookup(e.other).bits_per_weight > lookup(e.chosen).bits_per_weight
+        if grows and e.at_price is not None and e.at_price > 1.1 * ratio:
+            assert changed[e.tensor] != e.chosen, e
+    shares = explain.shares_by_role(found, inventory)
+    assert sum(s.n_tensors for s in shares) == len(inventory.quantizable)
+    with pytest.raises(UsageError, match=r"did you mean blk\.0\.attn_q\.weight"):
+        explain.explain_tensor(found, state, "attn_q")
+
+
+def test_every_strategy_keeps_to_the_size(inventory: Inventory) -> None:
+    state, profile = measured(inventory), made_up(inventory, SECONDS)
+    budget = 1_250_000
+    made = compare.strategies(inventory, state, [], budget, profile)
+    assert set(made) == {
+        "uniform", "stock", "error only", "layer score", "first order", "apreqel",
+    }  # fmt: skip
+    damage = {label: options.predicted_damage(state, types) for label, types in made.items()}
+    for label, types in made.items():
+        assert inventory.output_size(types) <= budget * 1.001, label
+        assert damage["apreqel"] <= damage[label] * (1 + 1e-6), label
+    # 50, 35 and 15% of the tensors, in three widths.
+    bits = sorted(
+        lookup(made["layer score"][t.name]).bits_per_weight for t in inventory.quantizable
+    )
+    assert bits[0] < bits[-1]
+
+
+def test_limits_against_brute_force() -> None:
+    random = np.random.default_rng(1)
+    for _ in range(30):
+        rows = [[random.uniform(0, 1, 3) for _ in range(6)] for _ in range(4)]
+        costs, *others = rows
+        limits = [
+            Limit(f"limit {i}", row, float(sum(r.mean() for r in row)) * random.uniform(0.75, 1))
+            for i, row in enumerate(others)
+        ]
+        best = min(
+            (
+                total(costs, choice)
+                for choice in itertools.product(range(3), repeat=6)
+                if all(total(limit.costs, choice) <= limit.at_most for limit in limits)
+            ),
+            default=None,
+        )
+        if best is None:
+            with pytest.raises(InfeasiblePlanError):
+                solve(costs, limits)
+        else:
+            assert solve(costs, limits).objective == pytest.approx(best, rel=1e-4)
+
+
+# --- recipes -------------------------------------------------------------------------------------
+
+
+def test_recipes_there_and_back(inventory: Inventory, tmp_path: Path) -> None:
+    types = {t.name: TYPES[i % 7] for i, t in enumerate(inventory.quantizable)}
+    lines, joined = tmp_path / "lines.txt", tmp_path / "custom-q.txt"
+    lines.write_text("# a comment\n" + recipes.tensor_type_lines(types, inventory))
+    joined.write_text(recipes.custom_q(types, inventory))
+    assert recipes.read_recipe(lines, inventory) == types
+    assert recipes.read_recipe(joined, inventory) == types
+    (tmp_path / "short.txt").write_text("attn_[qk]=q8_0\nblk\\.[0-9]{1,2}\\.attn=q4_0 # rest\n")
+    found = recipes.read_recipe(tmp_path / "short.txt", inventory)
+    assert found["blk.0.attn_q.weight"] == "Q8_0" and found["blk.1.attn_v.weight"] == "Q4_0"
+    assert "blk.0.ffn_up.weight" not in found
+    for text, message in (
+        ("blk=q9_9", "line 1: blk=q9_9: quant type 'q9_9' is unknown"),
+        ("(=q8_0", "line 1"),
+        ("q8_0", "give pattern=type"),
+        ("nobody=q8_0", "names no tensor"),
+    ):
+        (tmp_path / "bad.txt").write_text(text)
+        with pytest.raises(UsageError, match=message.replace("(", r"\(")):
+            recipes.read_recipe(tmp_path / "bad.txt", inventory)
+
+
+def test_llama_quantize_reads_what_recipes_write(inventory: Inventory, tmp_path: Path) -> None:
+    """llama.cpp itself takes the patterns, each for one tensor."""
+    types = {t.name: ("Q8_0", "Q4_0")[i % 2] for i, t in enumerate(inventory.quantizable)}
+    rules = []
+    for line in recipes.tensor_type_lines(types, inventory).splitlines():
+        pattern, kind = line.rsplit("=", 1)
+        rules.append((pattern, lookup(kind).ggml_id))
+    output = tmp_path / "out.gguf"
+    llama.stock_quantize(
+        inventory.files[0], output, "Q8_0", imatrix={}, n_threads=1, tensor_types=rules
+    )
+    written = {t.name: t.qtype.name for t in read_inventory(output).tensors}
+    assert {name: written[name] for name in types} == types
+
+
+def test_like_another_file(inventory: Inventory, rows_576_model: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.gguf"
+    timing.write_shapes(inventory, uniform(inventory, "Q5_1"), other)
+    pins = plan.copied_pins(inventory, other, None)
+    request = PlanRequest(
+        max_size_bytes=plan.any_size(inventory), constraints=Constraints(pins=pins)
+    )
+    found = solved(inventory, request)
+    assert set(found.options.types_of(found.solution).values()) == {"Q5_1"}
+    with pytest.raises(UsageError, match="it is another model"):
+        recipes.types_of_file(rows_576_model, inventory)
+
+
+def test_a_request_survives_its_plan(inventory: Inventory) -> None:
+    request = PlanRequest(
+        "latency",
+        max_kld_nats=0.1,
+        weights={"memory": 1.0},
+        constraints=Constraints(pins=[("blk.*", "Q4_0")]),
+    )
+    from dataclasses import asdict
+
+    again = plan.request_from(json.loads(json.dumps(asdict(request))))
+    assert asdict(again) == json.loads(json.dumps(asdict(request))) | {"workload": (512, 128)}

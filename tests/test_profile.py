@@ -1,0 +1,342 @@
+"""Device profiles: ggml's products timed, predictions in closed form, what disturbs a reading."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+
+from apreqel import device, llama, memory, pipeline, profile, timing
+from apreqel.artifacts import Provenance
+from apreqel.device import Device, doubts
+from apreqel.errors import ArtifactError, UsageError
+from apreqel.inventory import Inventory, read_inventory
+from apreqel.llama.footprint import measure_footprint
+from apreqel.llama.kernels import KernelBench, MatrixShape
+from apreqel.profile import DeviceProfile, Kernel, Overhead, Reading
+from apreqel.qtypes import lookup
+
+SCHEMA = Path(__file__).parent.parent / "device_profiles" / "schema.json"
+
+
+def uniform(inventory: Inventory, kind: str) -> dict[str, str]:
+    return {t.name: kind if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
+
+
+@pytest.fixture(scope="module")
+def rows_576_profile(
+    rows_576_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Inventory, DeviceProfile]:
+    inventory = read_inventory(rows_576_model)
+    folder = tmp_path_factory.mktemp("profile")
+    measured = timing.measure_profile(
+        inventory, folder, n_threads=2, types=["F16", "Q8_0", "Q4_0", "IQ4_NL", "Q4_K"]
+    )
+    assert not list(folder.iterdir())  # no shape files are left behind
+    return inventory, measured
+
+
+# --- products in ggml ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1", "Q4_0", "IQ4_NL", "Q4_K", "Q6_K"])
+def test_layouts_are_those_llama_cpp_chooses(kind: str, llama_model: Path, tmp_path: Path) -> None:
+    inventory, lines = read_inventory(llama_model), list[str]()
+    timing.write_shapes(inventory, uniform(inventory, kind), tmp_path / "m.gguf")
+    with llama._listen_to_log(lines), llama.LoadedModel(tmp_path / "m.gguf"):
+        pass
+    with KernelBench(1) as bench:
+        layouts = {bench.layout(lookup(kind), shape) for shape in profile.shapes_of(inventory)}
+    loaded = {
+        layout for layout in ("CPU_REPACK", "AMX") if f"{layout} model buffer" in "".join(lines)
+    }
+    assert layouts - {"CPU"} == loaded
+
+
+def test_products_of_experts_and_of_parts(moe_model: Path) -> None:
+    shapes = list(profile.shapes_of(read_inventory(moe_model)))
+    experts = [shape for shape in shapes if shape.n_experts]
+    assert {(s.n_used, s.n_experts, s.inputs_per_token) for s in experts} == {(2, 4, 1), (2, 4, 2)}
+    large = MatrixShape(256, 4096)
+    with KernelBench(2) as bench, bench.weights(lookup("Q8_0"), [*shapes, large], 1 << 20) as runs:
+        for shape, run in runs.items():
+            assert run.seconds(1) > 0 and run.seconds(64, 2) > run.seconds(1) / 100, shape
+        assert runs[large]._shape.n_rows < 4096  # timed by a part of its rows
+    for shape in shapes:
+        assert profile.parse_key(shape.key) == shape
+
+
+# --- the whole profile ---------------------------------------------------------------------------
+
+
+def test_profile_predicts_a_real_run(
+    rows_576_profile: tuple[Inventory, DeviceProfile], tmp_path: Path
+) -> None:
+    inventory, measured = rows_576_profile
+    assert set(measured.kernels) == {"F16", "Q8_0", "Q4_0", "IQ4_NL", "Q4_K"}
+    assert set(measured.kernels["Q4_K"]) == {"1536x576"}  # rows of 576 hold no K-quant
+    readings = [k.decode for shapes in measured.kernels.values() for k in shapes.values()]
+    assert all(r.count >= 5 and r.seconds > 0 for r in readings)
+    assert measured.covers(inventory)
+    overhead = measured.overhead(inventory)
+    assert 2 <= len(overhead.anchors) <= 3 and overhead.sampling > 0
+    types = uniform(inventory, "Q8_0")
+    speed = measured.predict(inventory, types)
+    assert speed is not None and speed.decode.low < speed.decode.value < speed.decode.high
+    # A real run is in sight of it: the tight figures are the benchmark's, speed_prediction.py.
+    timing.write_shapes(inventory, types, tmp_path / "q8.gguf")
+    run, _ = timing.time_file(tmp_path / "q8.gguf", 2, 512)
+    assert 0.3 < speed.decode.value * run.decode < 3
+    assert 0.3 < speed.prefill.value * run.prefill < 3
+
+
+def test_memory_is_what_a_real_process_takes(
+    rows_576_profile: tuple[Inventory, DeviceProfile], tmp_path: Path
+) -> None:
+    inventory, measured = rows_576_profile
+    for kind, n_ctx, caches in (
+        ("Q4_0", 1024, ("F16", "F16")),
+        ("Q8_0", 512, ("F16", "F16")),
+        ("Q8_0", 2048, ("Q8_0", "Q4_0")),
+    ):
+        path = tmp_path / f"{kind}.gguf"
+        timing.write_shapes(inventory, uniform(inventory, kind), path)
+        types, size = uniform(inventory, kind), path.stat().st_size
+        predicted = memory.memory_use(measured, inventory, types, size, n_ctx, caches)
+        real = measure_footprint(path, n_ctx, n_ctx, 2, caches).run_bytes
+        assert predicted.total_bytes == pytest.approx(real, rel=0.08)
+
+
+def test_a_known_shape_is_not_timed_again(
+    rows_576_profile: tuple[Inventory, DeviceProfile], tmp_path: Path
+) -> None:
+    inventory, measured = rows_576_profile
+    said: list[str] = []
+    again = timing.measure_profile(
+        inventory,
+        tmp_path,
+        n_threads=2,
+        known=measured,
+        types=list(measured.kernels),
+        on_progress=lambda what, done, total: said.append(what),
+    )
+    assert again.kernels == measured.kernels
+    assert not any("Q8_0" in what and "llama.cpp" not in what for what in said)
+
+
+# --- predictions in closed form ------------------------------------------------------------------
+
+
+def made_up(inventory: Inventory, seconds: dict[str, tuple[float, float]]) -> DeviceProfile:
+    """A profile where a product takes `seconds[type]` (decode, prefill) per million weights."""
+    kernels = {
+        kind: {
+            shape.key: Kernel(
+                Reading(decode * shape.weights_read / 1e6, 0.0, 5),
+                Reading(prefill * shape.weights_read / 1e6, 0.0, 5),
+                "CPU",
+            )
+            for shape in profile.shapes_of(inventory)
+        }
+        for kind, (decode, prefill) in seconds.items()
+    }
+    overhead = Overhead("m", 2.0, 0.5, 0.0, 3.0, 0.25, 0.0, 0.001, 0.0, {})
+    return DeviceProfile(
+        Provenance(""),
+        "made-up",
+        Device("cpu", "x", "Linux", 1, 1, None, 1, 1, None, None),
+        "f" * 16,
+        1,
+        512,
+        kernels,
+        {profile.signature(inventory): overhead},
+    )
+
+
+def test_a_token_adds_up(rows_576_model: Path) -> None:
+    inventory = read_inventory(rows_576_model)
+    made = made_up(inventory, {"F16": (4.0, 1.0), "Q8_0": (2.0, 0.5)})
+    types = uniform(inventory, "F16") | {"token_embd.weight": "Q8_0"}
+    weights = {t.name: t.n_elements / 1e6 for t in inventory.quantizable}
+    head = weights.pop("token_embd.weight")
+    body = sum(weights.values())
+    speed = made.predict(inventory, types, n_context=100)
+    assert speed is not None
+    assert 1 / speed.decode.value == pytest.approx(2 * (4 * body + 2 * head) + 0.5 + 0.1)
+    # Of a prompt only the last token needs the head.
+    assert 1 / speed.prefill.value == pytest.approx(3 * (body + 2 * head / 512) + 0.25)
+    assert made.predict(inventory, uniform(inventory, "Q4_0")) is None
+
+
+def test_shapes_never_timed_borrow_from_the_nearest(
+    rows_576_model: Path, llama_model: Path
+) -> None:
+    known, other = read_inventory(rows_576_model), read_inventory(llama_model)
+    made = made_up(known, {"F16": (4.0, 1.0)})
+    speed = made.predict(other, uniform(other, "F16"))
+    assert speed is not None
+    head = other.by_name["output.weight"].n_elements / 1e6
+    weights = sum(t.n_elements for t in other.quantizable if t.role != "token_embd") / 1e6
+    assert 1 / speed.decode.value == pytest.approx(4 * weights)
+    assert 1 / speed.prefill.value == pytest.approx(weights - head + 4 * head / 512)
+    assert speed.decode.high > 1.3 * speed.decode.value  # and say how little is known
+    with pytest.raises(UsageError, match="never ran"):
+        memory.rest_bytes(made, other, 512)
+
+
+def test_dominated_types(rows_576_model: Path) -> None:
+    inventory = read_inventory(rows_576_model)
+    made = made_up(inventory, {"Q4_0": (1, 1), "Q5_0": (2, 2), "Q8_0": (3, 0.5)})
+    assert profile.dominated(profile.type_speeds(made, inventory)) == {"Q5_0": "Q4_0"}
+
+
+def test_overhead_is_fitted() -> None:
+    kernels = [0.010, 0.004, 0.007]
+    scale, rest, error = timing.fit_overhead(kernels, [1.02 * k + 0.001 for k in kernels])
+    assert scale == pytest.approx(1.02, abs=0.01) and rest == pytest.approx(0.001, rel=0.1)
+    assert error < 0.005
+    assert timing.fit_overhead(kernels, [0.9 * k for k in kernels])[1] == 0.0
+
+
+def test_what_a_whole_round_was_slower_is_divided_out() -> None:
+    rounds, random = timing._Rounds(), np.random.default_rng(0)
+    for drift in (1.0, 1.3, 0.9, 1.1, 1.0):
+        rounds.start()
+        for key in range(20):
+            rounds.add(key, (key + 1) * drift * (1 + 0.001 * random.standard_normal()))
+    assert rounds.factors() == pytest.approx([1.0, 1.3, 0.9, 1.1, 1.0], rel=0.01)
+    assert rounds.level(4).seconds == pytest.approx(5, rel=0.01)
+    assert rounds.level(4).variation < 0.005 and rounds.level(4).count == 5
+
+
+# --- the machine ---------------------------------------------------------------------------------
+
+
+def test_what_disturbs_a_reading_is_named() -> None:
+    quiet = device._Load(0.0, 0.0, 0.0, 0, 0)
+    assert not list(doubts(quiet, replace(quiet, wall=1.0, busy=2.0, own=2.0), 2))
+    loaded = replace(quiet, wall=1.0, busy=2.0, own=1.5)
+    assert list(doubts(quiet, loaded, 2)) == ["busy neighbours"]
+    paged = replace(quiet, wall=0.1, page_ins=3, swapped=1)
+    assert list(doubts(quiet, paged, 2)) == ["paging", "swapping"]
+
+
+def test_throttling_is_read_from_the_system(tmp_path: Path) -> None:
+    assert not device.clock_is_throttled(tmp_path)
+    cpu = tmp_path / "devices/system/cpu/cpu0/cpufreq"
+    cpu.mkdir(parents=True)
+    (cpu / "cpuinfo_max_freq").write_text("2400000\n")
+    (cpu / "scaling_max_freq").write_text("2400000\n")
+    assert not device.clock_is_throttled(tmp_path)
+    (cpu / "scaling_max_freq").write_text("1200000\n")
+    assert device.clock_is_throttled(tmp_path)
+    pi = tmp_path / "devices/platform/soc/soc:firmware"
+    pi.mkdir(parents=True)
+    (pi / "get_throttled").write_text("50000\n")  # it was, but is not now
+    assert not device.clock_is_throttled(tmp_path)
+    (pi / "get_throttled").write_text("50005\n")
+    assert device.clock_is_throttled(tmp_path)
+
+
+def test_cores_of_two_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert device.clusters(tmp_path) == [[0, 1, 2, 3]]
+    for core, capacity in enumerate((446, 446, 1024, 1000)):
+        (tmp_path / f"cpu{core}").mkdir()
+        (tmp_path / f"cpu{core}" / "cpu_capacity").write_text(f"{capacity}\n")
+    assert device.clusters(tmp_path) == [[2, 3], [0, 1]]
+
+
+def test_a_disturbed_reading_is_taken_again(
+    rows_576_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Disturbed(device.Watch):
+        count = 0
+
+        def __exit__(self, *_: object) -> None:
+            Disturbed.count += 1
+            self.reasons = ("paging",)
+
+    monkeypatch.setattr(timing, "Watch", Disturbed)
+    monkeypatch.setattr(timing, "_LEAST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "_MOST_ROUNDS", 1)
+    inventory = read_inventory(rows_576_model)
+    measured = timing.measure_profile(inventory, tmp_path, n_threads=1, types=["Q8_0"])
+    assert Disturbed.count == 3 + 3  # one type and one anchor, each three times
+    assert all("paging" in k.flags for k in measured.kernels["Q8_0"].values())
+
+
+def test_threads_are_tuned(rows_576_model: Path, tmp_path: Path) -> None:
+    inventory = read_inventory(rows_576_model)
+    best, tried = timing.tune_threads(inventory, tmp_path, lambda what, done, total: None)
+    if device.usable_cores() > 1:
+        assert {"1", str(device.usable_cores())} <= set(tried)
+        fastest = min(decode for decode, _ in tried.values())
+        assert tried[str(best)][0] <= 1.04 * fastest
+    assert not list(tmp_path.iterdir())
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_profiles_travel(
+    rows_576_profile: tuple[Inventory, DeviceProfile],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(profile.sys, "platform", "linux")
+    _, measured = rows_576_profile
+    measured.save(tmp_path / "exported.json")
+    jsonschema.validate(
+        json.loads((tmp_path / "exported.json").read_text()), json.loads(SCHEMA.read_text())
+    )
+    name, path = pipeline.import_profile(tmp_path / "exported.json")
+    assert name == measured.name and path.parent == tmp_path / "data/apreqel/profiles"
+    assert name in dict(pipeline.list_profiles())
+    found, _ = pipeline.named_profile(name, None)
+    assert found == measured
+    assert pipeline.stored_profile(2) == measured
+    # Another build or another device is another fingerprint.
+    replace(measured, fingerprint="0" * 16).save(path)
+    assert pipeline.stored_profile(2) is None
+    with pytest.raises(UsageError, match="no such profile; there are: .*" + name):
+        profile.load_named("raspberry")
+
+
+def test_damaged_profiles_are_refused(
+    rows_576_profile: tuple[Inventory, DeviceProfile], tmp_path: Path
+) -> None:
+    path = tmp_path / "p.json"
+    rows_576_profile[1].save(path)
+    good = json.loads(path.read_text())
+    for change, message in (
+        (lambda d: d["kernels"]["Q8_0"]["576x576"]["decode"].update(seconds=-1.0), "Q8_0.576x576"),
+        (lambda d: d["kernels"]["Q8_0"].update({"0x5": d["kernels"]["Q8_0"]["576x576"]}), "'0x5'"),
+        (lambda d: d.pop("device"), "device"),
+        (lambda d: d.update(more=1), "more"),
+    ):
+        bad = json.loads(json.dumps(good))
+        change(bad["data"])
+        path.write_text(json.dumps(bad))
+        with pytest.raises(ArtifactError, match=message):
+            DeviceProfile.load(path)
+
+
+def test_bundled_profiles_are_sound() -> None:
+    schema = json.loads(SCHEMA.read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    paths = [p for p in SCHEMA.parent.glob("*.json") if p != SCHEMA]
+    assert paths
+    for path in paths:
+        jsonschema.validate(json.loads(path.read_text()), schema)
+        assert DeviceProfile.load(path).kernels
+
+
+def test_names_of_profiles_are_file_names() -> None:
+    assert profile.safe_name("../../etc/passwd") == "etc-passwd"
+    assert profile.safe_name("..") == "imported"

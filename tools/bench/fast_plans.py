@@ -1,0 +1,108 @@
+"""Speed against stock presets: real files, paired timings, same imatrix, same text.
+
+    python tools/bench/fast_plans.py MODEL.gguf --text wikitext2-test.txt
+
+MODEL must have been probed and profiled. For the size of each preset: the fastest plan whose
+predicted KL divergence is at most `--margin` times the preset's, and the closest plan that is
+predicted to be at least as fast as the preset both ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from apreqel import calibration, pipeline, plan, quantize, verify
+from apreqel.console import Reporter
+from apreqel.plan import PlanRequest
+
+PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=3060)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--presets", nargs="+", default=PRESETS)
+    parser.add_argument("--margin", type=float, default=1.0)
+    parser.add_argument("--workload", default="512:128")
+    parser.add_argument("--repetitions", type=int, default=9)
+    args = parser.parse_args()
+    with pipeline.open_workspace(
+        args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
+    ) as space:
+        known, profile = pipeline.measured(space), pipeline.stored_profile(space.n_threads)
+        if known is None or profile is None:
+            raise SystemExit(f"{args.model}: run apreqel probe and apreqel profile first")
+        state, imatrix = known
+        for preset in args.presets:
+            stock = verify.build_preset(
+                space.inventory, preset, imatrix, space.folder, space.n_threads
+            )
+            types = plan.stock_map(space.inventory, state, preset)
+            speed = profile.predict(space.inventory, types, 576)
+            assert speed is not None
+            size = stock.stat().st_size
+            wishes = {
+                "fastest": PlanRequest(
+                    "latency",
+                    max_size_bytes=size,
+                    max_kld_nats=args.margin * plan.predicted_damage(state, types),
+                    workload=plan.parse_workload(args.workload),
+                ),
+                "closest": PlanRequest(
+                    "accuracy",
+                    max_size_bytes=size,
+                    min_decode_tps=speed.decode.value,
+                    min_prefill_tps=speed.prefill.value,
+                ),
+            }
+            files = {}
+            for label, request in wishes.items():
+                made = plan.make_plan(
+                    space.inventory, state, imatrix, request, space.folder, profile=profile
+                )
+                files[label] = space.folder / f"{label}-{preset}.gguf"
+                quantize.quantize_model(
+                    space.inventory,
+                    made.types,
+                    files[label],
+                    imatrix=imatrix,
+                    extra_metadata=made.extra_metadata(),
+                    n_threads=space.n_threads,
+                    force=True,
+                    allow_requantize=True,
+                )
+            report = verify.verify(
+                space.inventory,
+                space.sha256,
+                {**files, "stock": stock},
+                text=calibration.read_text(args.text),
+                calibration_sha256=(),
+                settings=verify.VerifySettings(
+                    n_scored=args.tokens, repetitions=args.repetitions, n_prompt=512
+                ),
+                n_threads=space.n_threads,
+                folder=space.folder,
+            )
+            *ours, rival = report.files[1:]
+            assert rival.speed is not None
+            print(
+                f"{preset:8} stock   {rival.size_bytes:>11,} KLD {rival.kld.mean:.5f} decode "
+                f"{rival.speed.decode:.1f} prefill {rival.speed.prefill:.0f}"
+            )
+            for row in ours:
+                assert row.speed is not None
+                print(
+                    f"{preset:8} {row.label:7} {row.size_bytes:>11,} KLD {row.kld.mean:.5f} "
+                    f"({row.kld.mean / rival.kld.mean:.2f} x) decode {row.speed.decode:.1f} "
+                    f"({row.speed.decode / rival.speed.decode:.2f} x) prefill "
+                    f"{row.speed.prefill:.0f} ({row.speed.prefill / rival.speed.prefill:.2f} x)",
+                    flush=True,
+                )
+
+
+if __name__ == "__main__":
+    main()

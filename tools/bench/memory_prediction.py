@@ -1,0 +1,57 @@
+"""Predicted against real peak memory of llama.cpp, each run in a process of its own.
+
+    python tools/bench/memory_prediction.py MODEL.gguf
+
+MODEL must have been profiled. Uniform and mixed maps, with contexts of 512 and 4096 filled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+
+from speed_prediction import mixed_plans
+
+from apreqel import memory, pipeline, profile, timing
+from apreqel.inventory import read_inventory
+from apreqel.llama.footprint import measure_footprint
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--workdir", type=Path)
+    args = parser.parse_args()
+    inventory = read_inventory(args.model)
+    known = pipeline.stored_profile(pipeline.usual_threads())
+    if known is None or not known.covers(inventory):
+        raise SystemExit(f"{args.model}: run apreqel profile first")
+    maps = {
+        kind: types
+        for kind in ("Q4_0", "Q8_0", "Q5_1", "F16")
+        if (types := profile.nearest_types(known, inventory, kind))
+    }
+    maps |= mixed_plans(inventory, 4)
+    worst = 0.0
+    with tempfile.TemporaryDirectory(prefix="memory-", dir=args.workdir) as folder:
+        path = Path(folder) / "shapes.gguf"
+        for label, types in maps.items():
+            timing.write_shapes(inventory, types, path)
+            for n_ctx in (512, 4096):
+                predicted = memory.memory_use(
+                    known, inventory, types, path.stat().st_size, n_ctx
+                ).total_bytes
+                real = measure_footprint(path, n_ctx, n_ctx, known.n_threads).run_bytes
+                error = predicted / real - 1
+                worst = max(worst, abs(error))
+                print(
+                    f"{label:10} context {n_ctx:5}: predicted {predicted / 1e6:7.1f} MB, real "
+                    f"{real / 1e6:7.1f} MB ({100 * error:+.1f}%)",
+                    flush=True,
+                )
+    print(f"worst error {100 * worst:.1f}%")
+
+
+if __name__ == "__main__":
+    main()
