@@ -60,6 +60,11 @@ DEFAULT_PRESET = "Q4_K_M"
 _FRONT_POINTS = 24
 NEAR_LOSSLESS = 0.6
 
+_CACHE_NOTE = (
+    "speeds are predicted for an F16 cache; attention over a quantised one is slower, in "
+    "long contexts and prompts much slower"
+)
+
 # Contexts are tried in steps of this many tokens.
 _CONTEXT_STEP = 256
 
@@ -371,7 +376,10 @@ def make_plan(
             if profile and known
             else None
         ),
-        notes=tuple(plan_notes(sensitivity, chosen)),
+        notes=(
+            *plan_notes(sensitivity, chosen),
+            *([_CACHE_NOTE] if set(cache_types) != {USUAL} else []),
+        ),
     )
 
 

@@ -13,6 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -23,6 +24,7 @@ import numpy as np
 from apreqel import __version__, llama
 from apreqel.artifacts import Provenance
 from apreqel.device import Device, Watch, default_threads, detect, pinned, usable_cores
+from apreqel.errors import EngineError
 from apreqel.gguf_header import ARRAY, STRING, UINT32, TensorRecord, encode_header, encode_kv
 from apreqel.inventory import read_inventory
 from apreqel.llama.footprint import measure_footprint
@@ -64,6 +66,7 @@ _LEAST_PREFILL_TOKENS = 64
 
 _PROMPT_TOKENS, _GENERATED_TOKENS, _FIRST_TOKENS = 512, 32, 8
 _DISTURBED_TRIES, _COOL_DOWN_SECONDS = 3, 5.0
+_DISTURBED_IN_ALL = 30  # on a machine that is always busy the flags must do
 # Files larger than this stay where they are in memory: reading them again takes too long.
 _FORGOTTEN_BYTES = 1 << 30
 # Anchors hold zeros; in these types that is a scale of 2^-127, and denormal numbers are slow.
@@ -192,6 +195,7 @@ class _Run:
     anchor_types: dict[str, Mapping[str, str]] = field(default_factory=dict)
     sampling: list[float] = field(default_factory=list)
     n_prompt: int = _PROMPT_TOKENS
+    patience: int = _DISTURBED_IN_ALL
 
     def measure(self, known: DeviceProfile, types: Sequence[str] | None) -> DeviceProfile:
         room = (self.inventory.context_length or 4096) - _GENERATED_TOKENS - 1
@@ -272,15 +276,20 @@ class _Run:
                 for _ in range(_PREFILL_CYCLES):
                     for shape, run in runs.items():
                         prefill[shape].append(run.seconds(tokens[shape], 1) / tokens[shape])
-            if not watch.reasons:
+            if not self._try_again(watch.reasons, attempt):
                 break
-            if attempt + 1 < _DISTURBED_TRIES:
-                time.sleep(_COOL_DOWN_SECONDS if "throttled" in watch.reasons else 0.2)
+            time.sleep(_COOL_DOWN_SECONDS if "throttled" in watch.reasons else 0.2)
         for shape, run in runs.items():
             pair = name, shape.key
             self.layouts[pair] = run.layout
             self.decode.add(pair, median(decode[shape]), watch.reasons)
             self.prefill.add(pair, median(prefill[shape]), watch.reasons)
+
+    def _try_again(self, reasons: Sequence[str], attempt: int) -> bool:
+        """Whether a disturbed reading is taken once more: some patience each, and in all."""
+        again = bool(reasons) and attempt + 1 < _DISTURBED_TRIES and self.patience > 0
+        self.patience -= again
+        return again
 
     def _prefill_tokens(self, run: KernelRun) -> int:
         """So many that one product takes about `_PREFILL_SECONDS`; at most a whole prompt."""
@@ -356,7 +365,7 @@ class _Run:
         for attempt in range(_DISTURBED_TRIES):
             with Watch() as watch:
                 run, sampling = time_file(path, self.n_threads, self.n_prompt)
-            if not watch.reasons or attempt + 1 == _DISTURBED_TRIES:
+            if not self._try_again(watch.reasons, attempt):
                 break
         self.sampling.append(sampling)
         self.decode.add(("run", label), run.decode, watch.reasons)
@@ -403,16 +412,21 @@ class _Run:
     def _memory(self) -> tuple[float, float]:
         """(bytes, bytes per token of context) that a run takes beside weights and KV cache."""
         label, path = next(iter(self.anchors.items()))
-        f16 = lookup("F16")
-        copied = self._copied_bytes(label)
+        weights = path.stat().st_size + self._copied_bytes(label)
         longest = self.inventory.context_length or 4096
         contexts = sorted({min(512, longest), min(4096, longest)})
-        rests = []
-        for n_ctx in contexts:
+
+        def rest(n_ctx: int, kind: str) -> int:
             self.on_progress(f"measuring memory at context {n_ctx}", 0, 0)
-            used = measure_footprint(path, n_ctx, n_ctx, self.n_threads).run_bytes
-            kv = llama.memory_accounting(path, n_ctx, f16, f16)["kv"]
-            rests.append(used - path.stat().st_size - copied - kv)
+            cache = llama.memory_accounting(path, n_ctx, lookup(kind), lookup(kind))["kv"]
+            used = measure_footprint(path, n_ctx, n_ctx, self.n_threads, (kind, kind))
+            return used.run_bytes - weights - cache
+
+        rests = [rest(n_ctx, "F16") for n_ctx in contexts]
+        # A quantised cache needs some room to work in; where heads hold none, it is not offered.
+        with suppress(EngineError):
+            more = max(0, rest(contexts[0], "Q8_0") - rests[0])
+            rests = [value + more for value in rests]
         slope = (rests[-1] - rests[0]) / max(1, contexts[-1] - contexts[0])
         return float(rests[0] - slope * contexts[0]), float(slope)
 
