@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _WORST_TIMES_STOCK = 4.0
 # A fast plan may be this much farther from the original than the closest of its size.
 _FAST_ALLOWANCE = 1.25
+# A picture needs no more than this; a plan made from it is solved to its own gap.
+_GAP = 5e-4
 _STOCK_SHOWN = ("Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K", "Q8_0")
 
 
@@ -70,12 +72,12 @@ def pareto_front(
     n_sizes = n_points if options.timings is None else -(-n_points // 2)
     for size in sizes_of(options, limits, _WORST_TIMES_STOCK * usual, n_sizes):
         within = [options.size_limit(size), *limits]
-        closest = solve(options.damages, within)
+        closest = solve(options.damages, within, _GAP)
         found.append(("closest", closest))
         if options.timings is not None:
             allowed = options.damage_limit(_FAST_ALLOWANCE * closest.objective)
             seconds = options.timings.workload_seconds(*request.workload)
-            found.append(("fast", solve(seconds, [*within, allowed])))
+            found.append(("fast", solve(seconds, [*within, allowed], _GAP)))
     points = []
     for label, solution in found:
         own = {t.name: t.qtype.name for t in inventory.tensors}

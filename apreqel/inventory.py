@@ -5,6 +5,8 @@ Reads headers only, of one file or of all shards of a split model.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -162,6 +164,19 @@ class Inventory:
     def tied_embeddings(self) -> bool:
         """Whether the output head is the token embedding."""
         return "token_embd.weight" in self.by_name and "output.weight" not in self.by_name
+
+    @cached_property
+    def shape_digest(self) -> str:
+        """16 hex digits over architecture, heads, vocabulary and tensor shapes."""
+        facts = [
+            self.architecture,
+            self.n_layers,
+            self.n_experts_used,
+            self.vocabulary_size,
+            self.head_counts,
+            sorted((t.role, t.shape) for t in self.tensors),
+        ]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
     # -- its tensors --
 

@@ -61,8 +61,12 @@ class Solution:
     prices: tuple[float, ...] = ()
 
 
-def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
+def solve(
+    costs: Sequence[Doubles], limits: Sequence[Limit] = (), gap_wanted: float = _GAP_WANTED
+) -> Solution:
     """Minimise the sum of `costs[item][option]`, one option per item, within all limits.
+
+    Proven to within `gap_wanted` of the optimum, unless that takes over 30 seconds.
 
     Raises InfeasiblePlanError naming the limit that no choice can meet, where one alone is at
     fault, and the smallest value that it could have.
@@ -84,7 +88,7 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
     if rounded_choice:
         rounded_choice = _improved(rounded_choice, costs, limits)
     ceiling = _total(costs, rounded_choice) if rounded_choice else math.inf
-    if rounded_choice and ceiling - bound <= _GAP_WANTED * ceiling:
+    if rounded_choice and ceiling - bound <= gap_wanted * ceiling:
         gap = max(0.0, (ceiling - bound) / ceiling) if ceiling > 0 else 0.0
         seconds = time.perf_counter() - started
         return Solution(rounded_choice, ceiling, gap, seconds, tuple(map(float, prices)))
@@ -96,7 +100,8 @@ def solve(costs: Sequence[Doubles], limits: Sequence[Limit] = ()) -> Solution:
     ]
     programme = _Programme(costs, limits, kept)
     # HiGHS also stops at an absolute gap of 1e-6, so the objective is brought near a thousand.
-    solved = programme.exact(scale=1000 / ceiling if 0 < ceiling < math.inf else 1.0)
+    scale = 1000 / ceiling if 0 < ceiling < math.inf else 1.0
+    solved = programme.exact(scale, gap_wanted)
     choice = _repaired(solved[1], costs, limits) if solved else None
     if choice is None or _total(costs, choice) > ceiling:
         choice = rounded_choice
@@ -188,7 +193,7 @@ class _Programme:
         prices = -np.asarray(marginals) * np.array(self._units) / scale
         return float(result.fun) / scale, prices, self._choice(result.x)
 
-    def exact(self, scale: float) -> tuple[float, Choice] | None:
+    def exact(self, scale: float, gap_wanted: float) -> tuple[float, Choice] | None:
         """(proven lower bound, choice) of the 0/1 programme."""
         limits = [LinearConstraint(self._one_each, 1, 1)]
         if len(self._rows):
@@ -199,7 +204,7 @@ class _Programme:
                 integrality=np.ones(len(self._objective)),
                 bounds=Bounds(0, 1),
                 constraints=limits,
-                options={"mip_rel_gap": _GAP_WANTED, "time_limit": _SECONDS_AT_MOST},
+                options={"mip_rel_gap": gap_wanted, "time_limit": _SECONDS_AT_MOST},
             )
         if result.x is None:
             return None

@@ -13,8 +13,6 @@ Profiles are kept in the user's data folder, and can be carried to other machine
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import re
@@ -335,15 +333,7 @@ def shapes_of(inventory: Inventory) -> dict[MatrixShape, list[Tensor]]:
 
 def signature(inventory: Inventory) -> str:
     """What a model's overhead depends on, as 16 hex digits: all but the values of its weights."""
-    facts = [
-        inventory.architecture,
-        inventory.n_layers,
-        inventory.n_experts_used,
-        inventory.vocabulary_size,
-        inventory.head_counts,
-        sorted((t.role, t.shape) for t in inventory.tensors),
-    ]
-    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
+    return inventory.shape_digest
 
 
 def nearest_types(
