@@ -25,11 +25,12 @@ from apreqel.errors import ArtifactError, LockedError, OutputError, printable
 # Raised by one whenever a reader of the old layout would misread the new one.
 SCHEMA_VERSIONS = {
     "device-profile": 2,
-    "sensitivity": 1,
-    "plan": 2,
+    "sensitivity": 2,
+    "plan": 3,
     "verification": 1,
     "model-hash": 1,
     "kv-cache": 1,
+    "trials": 1,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22

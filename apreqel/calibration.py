@@ -26,6 +26,10 @@ Tokens = npt.NDArray[np.int32]
 
 HELDOUT_NAME = "heldout.txt"
 
+# Fewer long chunks than this cannot be shared out between three uses.
+_LEAST_STRETCHES = 4
+_PROBE_STRIDE = 8
+
 
 @dataclass(frozen=True)
 class Text:
@@ -38,15 +42,26 @@ class Text:
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Independent chunks `tokens` [chunks, tokens per chunk], scored from `first_scored` on.
+    """Independent chunks `tokens` [chunks, tokens per chunk], scored at `positions`.
 
-    The last position has no next token, so each chunk scores n_ctx - first_scored - 1 positions.
+    `positions` [chunks, scored per chunk] ascend in each row; the last token of a chunk, which has
+    no next one, is never among them.
     """
 
     name: str
     tokens: Tokens
-    first_scored: int
+    positions: Tokens
     sha256: str
+
+    @staticmethod
+    def scored_from(first: int, name: str, tokens: Tokens, sha256: str) -> TokenSet:
+        """Scored at every position from `first` on."""
+        row = np.arange(first, tokens.shape[1] - 1, dtype=np.int32)
+        return TokenSet(name, tokens, np.tile(row, (len(tokens), 1)), sha256)
+
+    def part(self, chunks: slice | Tokens) -> TokenSet:
+        """Some of the chunks."""
+        return TokenSet(self.name, self.tokens[chunks], self.positions[chunks], self.sha256)
 
     @property
     def n_chunks(self) -> int:
@@ -57,17 +72,13 @@ class TokenSet:
         return int(self.tokens.shape[1])
 
     @property
-    def scored(self) -> slice:
-        return slice(self.first_scored, self.n_ctx - 1)
-
-    @property
     def n_scored(self) -> int:
-        return self.n_chunks * (self.n_ctx - 1 - self.first_scored)
+        return int(self.positions.size)
 
     @property
     def next_tokens(self) -> Tokens:
         """What follows each scored position, [chunks, scored positions]."""
-        return self.tokens[:, self.first_scored + 1 :]
+        return np.take_along_axis(self.tokens, self.positions + 1, axis=1)
 
 
 def read_text(path: Path) -> Text:
@@ -122,53 +133,67 @@ def chunks_of(model: LoadedModel, texts: Sequence[Text], n_ctx: int) -> Tokens:
     return np.ascontiguousarray(chunks, np.int32)
 
 
+@dataclass(frozen=True)
+class Split:
+    """Disjoint parts of the calibration text.
+
+    `fitting` is what the imatrix is collected on, `probe` holds short chunks from many places for
+    the damage of single tensors, `check` long ones for whole quantised files.
+    """
+
+    fitting: TokenSet
+    probe: TokenSet
+    check: TokenSet
+
+
 def split_for_calibration(
     model: LoadedModel,
     texts: Sequence[Text],
     *,
-    imatrix_chunks: int,
-    imatrix_ctx: int,
-    probe_chunks: int,
-    probe_ctx: int,
-) -> tuple[TokenSet, TokenSet]:
-    """The imatrix set and the probe set: disjoint, each spread evenly over all texts.
+    fitting_chunks: int = 96,
+    probe_chunks: int = 32,
+    check_chunks: int = 8,
+    n_ctx: int = 512,
+    probe_ctx: int = 64,
+) -> Split:
+    """Disjoint sets, each spread evenly over all texts; as many chunks as asked, or there are.
+
+    The text is cut into stretches of one long chunk and a short one behind it: short ones are
+    probed on. Many short chunks say more than a few long ones: how much a tensor matters differs
+    from place to place of a text far more than from position to position.
 
     Raises CalibrationError where the texts are too short, with the tokens needed and found.
     """
-    per_block = imatrix_ctx // probe_ctx
-    if imatrix_ctx % probe_ctx:
+    if model.context_length:
+        n_ctx = min(n_ctx, model.context_length)
+    stretches = chunks_of(model, texts, n_ctx + probe_ctx)
+    if len(stretches) < _LEAST_STRETCHES:
         raise CalibrationError(
-            f"a chunk of {imatrix_ctx} tokens is not whole chunks of {probe_ctx}"
+            f"{names(texts)}: {len(stretches) * (n_ctx + probe_ctx)} tokens; at least "
+            f"{_LEAST_STRETCHES * (n_ctx + probe_ctx)} are needed to calibrate; give more text"
         )
-    blocks = chunks_of(model, texts, imatrix_ctx)
-    # One probe chunk from each of as many blocks: variety matters more than neighbourhood.
-    needed_blocks = max(2, -(-probe_chunks // per_block) + 1)
-    if len(blocks) < needed_blocks:
-        raise CalibrationError(
-            f"{names(texts)}: {len(blocks) * imatrix_ctx} tokens; at least "
-            f"{needed_blocks * imatrix_ctx} are needed to calibrate; give more text"
-        )
-    n_probe_blocks = min(probe_chunks, len(blocks) // 2)
-    chosen = np.unique(np.linspace(0, len(blocks) - 1, n_probe_blocks).round().astype(int))
-    pieces = blocks[chosen].reshape(len(chosen), per_block, probe_ctx)
-    probe = pieces.transpose(1, 0, 2).reshape(-1, probe_ctx)[:probe_chunks]
+    checked = spread(len(stretches), min(check_chunks, len(stretches) // 4))
+    rest = np.delete(stretches, checked, axis=0)
+    probe = rest[spread(len(rest), probe_chunks), n_ctx:].copy()
+    # Neighbours in the text differ least: any first few of these come from far apart.
+    probe = np.concatenate([probe[i::_PROBE_STRIDE] for i in range(_PROBE_STRIDE)])
     if model.bos_token is not None:
-        probe = probe.copy()
         probe[:, 0] = model.bos_token
-    rest = np.delete(blocks, chosen, axis=0)
-    kept = np.unique(
-        np.linspace(0, len(rest) - 1, min(imatrix_chunks, len(rest))).round().astype(int)
-    )
     digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
-    return (
-        TokenSet(names(texts), rest[kept], 0, digest),
-        TokenSet(names(texts), np.ascontiguousarray(probe), probe_first_scored(probe_ctx), digest),
+    name = names(texts)
+    fitting = np.ascontiguousarray(rest[spread(len(rest), fitting_chunks), :n_ctx])
+    check = np.ascontiguousarray(stretches[checked, :n_ctx])
+    return Split(
+        TokenSet.scored_from(0, name, fitting, digest),
+        # Positions with almost no context say little about the text: the first 1/16 are left out.
+        TokenSet.scored_from(probe_ctx // 16, name, probe, digest),
+        TokenSet.scored_from(n_ctx // 2, name, check, digest),
     )
 
 
-def probe_first_scored(n_ctx: int) -> int:
-    """Positions with almost no context say little about the text: leave out the first 1/16."""
-    return n_ctx // 16
+def spread(n: int, wanted: int) -> npt.NDArray[np.intp]:
+    """At most `wanted` of range(n), evenly spread."""
+    return np.unique(np.linspace(0, n - 1, min(wanted, n)).round().astype(np.intp))
 
 
 def verification_set(model: LoadedModel, text: Text, n_ctx: int, n_scored: int) -> TokenSet:
@@ -185,8 +210,9 @@ def verification_set(model: LoadedModel, text: Text, n_ctx: int, n_scored: int) 
             f"{text.name}: {len(chunks) * n_ctx} tokens; scoring {n_scored} needs "
             f"{wanted * n_ctx}; give a longer text or score fewer tokens"
         )
-    kept = np.linspace(0, len(chunks) - 1, wanted).round().astype(int)
-    return TokenSet(text.name, chunks[kept], n_ctx // 2, text.sha256)
+    return TokenSet.scored_from(
+        n_ctx // 2, text.name, chunks[spread(len(chunks), wanted)], text.sha256
+    )
 
 
 def names(texts: Sequence[Text]) -> str:

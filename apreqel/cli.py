@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from apreqel.calibration import Text
     from apreqel.pipeline import Workspace
     from apreqel.plan import PlanRequest
-    from apreqel.sensitivity import ProbeSettings
+    from apreqel.sensitivity import Effort
 
 app = typer.Typer(
     add_completion=False,
@@ -98,6 +98,16 @@ VerifyText = Annotated[
 ]
 Against = Annotated[
     list[str] | None, typer.Option(help="A stock preset to compare with; repeat for more.")
+]
+EffortName = Annotated[
+    str, typer.Option("--effort", help="Of probing, where it is not done: quick, normal, thorough.")
+]
+Minutes = Annotated[
+    float | None, typer.Option(min=0.1, help="Stop probing after this, whatever is left.")
+]
+Metric = Annotated[str, typer.Option(help="What damage is: kld or perplexity.")]
+Unchecked = Annotated[
+    bool, typer.Option("--unchecked", help="Do not measure the plan and its rivals as real files.")
 ]
 ImatrixFile = Annotated[Path | None, typer.Option("--imatrix", help="Use this imatrix GGUF.")]
 Scored = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to score.")]
@@ -188,7 +198,8 @@ def probe(
     threads: Threads = None,
     text: Calibration = None,
     imatrix: ImatrixFile = None,
-    more: Annotated[int, typer.Option(min=0, help="Further probes where plans are decided.")] = 48,
+    effort: EffortName = "normal",
+    minutes: Minutes = None,
     allow_requantize: Requantize = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -198,7 +209,7 @@ def probe(
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         state, _ = pipeline.probe(
-            space, settings=_settings(more), texts=_texts(text), imatrix_file=imatrix
+            space, effort=_effort(effort, minutes), texts=_texts(text), imatrix_file=imatrix
         )
     if json:
         console.write_json(console.sensitivity_json(state))
@@ -236,6 +247,10 @@ def plan(
         int | None, typer.Option(min=2, max=100, help="Write this many plans, small to large.")
     ] = None,
     device: Device = None,
+    effort: EffortName = "normal",
+    minutes: Minutes = None,
+    metric: Metric = "kld",
+    unchecked: Unchecked = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[plan.json]")] = None,
     workdir: Workdir = None,
     threads: Threads = None,
@@ -251,14 +266,15 @@ def plan(
         request = _request(space, wishes)
         known = pipeline.measured(space)
         if known is None:
-            known = pipeline.probe(space, settings=_settings(), texts=_texts(None))
+            known = pipeline.probe(space, effort=_effort(effort, minutes), texts=_texts(None))
+        pipeline.use_metric(known[0], metric)
         timed = pipeline.profile_for(space, request, device)
         if front:
             found = pipeline.front(space, request, *known, timed)
         elif ladder:
-            steps = pipeline.ladder(space, request, *known, timed, ladder)
+            steps = pipeline.ladder(space, request, *known, timed, ladder, not unchecked)
         else:
-            made, path = pipeline.plan(space, request, *known, timed, output)
+            made, path = pipeline.plan(space, request, *known, timed, output, not unchecked)
     if front:
         console.write_json(found) if json else console.show_front(found)
     elif ladder:
@@ -411,6 +427,8 @@ def auto(
     exclude_types: ExcludeTypes = None,
     max_type_changes: MaxTypeChanges = None,
     device: Device = None,
+    effort: EffortName = "normal",
+    minutes: Minutes = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The GGUF to write.")
     ] = None,
@@ -435,7 +453,7 @@ def auto(
             space,
             _request(space, wishes),
             device=device,
-            settings=_settings(),
+            effort=_effort(effort, minutes),
             texts=_texts(text),
             text=_verify_text(verify_text),
             against=against if against is not None else ["Q4_K_M"],
@@ -476,10 +494,10 @@ def _reporter(quiet: bool) -> Any:
     return reporter
 
 
-def _settings(more: int = 48) -> ProbeSettings:
-    from apreqel.sensitivity import ProbeSettings
+def _effort(name: str, minutes: float | None) -> Effort:
+    from apreqel.sensitivity import effort_from
 
-    return ProbeSettings(further_probes=more)
+    return effort_from(name, minutes)
 
 
 def _texts(paths: Sequence[Path] | None) -> list[Text]:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apreqel.candidates import STOCK, best_fitting, uniform_maps
+from apreqel.damage import DamageModel
 from apreqel.knapsack import Limit, solve
 from apreqel.options import Options, build_options
 from apreqel.plan import stock_map
 from apreqel.qtypes import lookup
-from apreqel.sensitivity import TensorSensitivity
 
 if TYPE_CHECKING:
     from apreqel.inventory import Inventory
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 # APreQEL (arXiv 2603.23575): tensors by score, this part low, middle and high precision.
 _QUOTAS = (0.50, 0.35, 0.15)
 _EPSILON = 1e-6
-_STOCK = ("Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K")
 
 
 def strategies(
@@ -40,7 +40,7 @@ def strategies(
 ) -> dict[str, dict[str, str]]:
     """A map of types by strategy, each of at most `file_bytes`; those that cannot be are left out.
 
-    uniform: the largest single type that fits. stock: the largest preset that fits. error only:
+    uniform, stock: the single type and the preset of least predicted damage that fit. error only:
     least sum of relative output errors. layer score: (latency + memory) / (sensitivity + eps) with
     quotas of 50, 35 and 15% (needs a profile). first order: the knapsack from one probe a tensor.
     apreqel: the knapsack from all probes.
@@ -53,20 +53,24 @@ def strategies(
     def solved(label: str, costs: Sequence[Doubles]) -> None:
         made[label] = own | options.types_of(solve(costs, [limit]))
 
-    uniform = _largest_uniform(options, limit)
-    if uniform is not None:
-        made["uniform"] = own | _types(options, uniform)
-    stock = {name: stock_map(inventory, sensitivity, name) for name in _STOCK}
-    fitting = [s for s in stock.values() if inventory.output_size(s, records) <= file_bytes * 1.001]
-    if fitting:
-        made["stock"] = max(fitting, key=inventory.output_size)
-    solved("error only", _rows(options, lambda name, kind: sensitivity.tensors[name].errors[kind]))
+    rivals = {
+        "uniform": uniform_maps(options),
+        "stock": {name: stock_map(inventory, sensitivity, name) for name in STOCK},
+    }
+    for label, maps in rivals.items():
+        best = best_fitting(maps, options, 1.001 * limit.at_most)
+        if best is not None:
+            made[label] = own | maps[best]
+    solved(
+        "error only",
+        _rows(options, lambda name, kind: sensitivity.tensors[name].errors.weights[kind]),
+    )
     if profile is not None:
         scored = _layer_score(inventory, options, limit, profile)
         if scored is not None:
             made["layer score"] = own | _types(options, scored)
-    first = {name: _first_probe_alone(known) for name, known in sensitivity.tensors.items()}
-    solved("first order", _rows(options, lambda name, kind: first[name].damage(kind)))
+    first = _first_probes_alone(sensitivity)
+    solved("first order", _rows(options, lambda name, kind: first.damage(name, kind).nats))
     solved("apreqel", options.damages)
     return made
 
@@ -79,8 +83,13 @@ def _rows(options: Options, cost: Callable[[str, str], float]) -> list[Doubles]:
     ]
 
 
-def _first_probe_alone(known: TensorSensitivity) -> TensorSensitivity:
-    return replace(known, probes=dict(list(known.probes.items())[:1]))
+def _first_probes_alone(sensitivity: Sensitivity) -> DamageModel:
+    """Damages from one probe a tensor, without kernels and real files."""
+    return DamageModel(
+        {name: replace(t.errors, kernels={}) for name, t in sensitivity.tensors.items()},
+        {name: dict(list(t.probes.items())[:1]) for name, t in sensitivity.tensors.items()},
+        sensitivity.places,
+    )
 
 
 def _types(options: Options, choice: Choice) -> dict[str, str]:
@@ -97,21 +106,6 @@ def _nearest(options: Options, i: int, bits: float) -> int:
     """The option of tensor i nearest to so many bits per weight."""
     found = [abs(lookup(kind).bits_per_weight - bits) for kind in options.types[i]]
     return int(np.argmin(found))
-
-
-def _largest_uniform(options: Options, limit: Limit) -> Choice | None:
-    """One type for all, where rows do not hold it the nearest: the largest that fits."""
-    kinds = {kind for row in options.types for kind in row}
-    best: tuple[float, Choice] | None = None
-    for kind in kinds:
-        bits = lookup(kind).bits_per_weight
-        choice = tuple(
-            row.index(kind) if kind in row else _nearest(options, i, bits)
-            for i, row in enumerate(options.types)
-        )
-        if _fits(limit, choice) and (best is None or bits > best[0]):
-            best = bits, choice
-    return best[1] if best else None
 
 
 def _layer_score(

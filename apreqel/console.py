@@ -316,40 +316,74 @@ def show_profiles(profiles: Sequence[tuple[str, Path]]) -> None:
 
 
 def sensitivity_json(state: Sensitivity) -> dict[str, Any]:
+    from apreqel.sensitivity import report
+
     return {
+        "effort": state.effort,
+        "settled": state.settled,
         "probes": state.n_probes,
         "seconds": state.seconds,
         "self_kld_nats": state.self_kld_nats,
         "coverage": _plain(state.coverage),
         "excluded": state.excluded,
-        "tensors": _plain(state.tensors),
+        "kernels": _plain(state.kernels),
+        "report": _plain(report(state)),
+        "tensors": {
+            name: {
+                kind: {
+                    "kld_nats": damage.nats,
+                    "interval": damage.interval,
+                    "is_probed": damage.is_probed,
+                    "is_resolved": damage.is_resolved,
+                    "output_error": tensor.errors.weights[kind],
+                }
+                for kind, damage in state.model.table(name).items()
+            }
+            for name, tensor in state.tensors.items()
+        },
     }
 
 
 def show_sensitivity(state: Sensitivity, count: int = 12) -> None:
-    coverage = state.coverage
+    from apreqel.sensitivity import report
+
+    coverage, found = state.coverage, report(state)
     _print(
-        f"{state.n_probes} probes of {len(state.tensors)} tensors in {duration(state.seconds)}; "
-        f"the original against itself: {state.self_kld_nats:.1e} nats"
+        f"{state.n_probes} probes of {len(state.tensors)} tensors in {duration(state.seconds)} "
+        f"({state.effort}); the original against itself: {state.self_kld_nats:.1e} nats"
     )
     if coverage:
         _print(
             f"imatrix: {coverage.n_tensors} tensors, {coverage.n_zero_columns} zero columns "
             f"substituted, {coverage.n_unseen_experts} of {coverage.n_experts} experts unseen"
         )
-    rows = [
-        (probe.mean, name, kind, probe)
-        for name, tensor in state.tensors.items()
-        for kind, probe in list(tensor.probes.items())[:1]
-    ]
+        _print(
+            f"text: errors are {found.fitted - 1:+.1%} on text that the imatrix was not fitted on; "
+            f"with an imatrix from half the text {found.half_text - 1:+.1%}"
+        )
     table = _table("most sensitive tensors", "probed as", "KL divergence, nats", "95% interval")
-    for mean, name, kind, probe in sorted(rows, reverse=True)[:count]:
-        low, high = probe.interval
-        table.add_row(name, kind, f"{mean:.6f}", f"{low:.6f} to {high:.6f}")
+    for name, kind, damage in found.most_sensitive[:count]:
+        low, high = damage.interval
+        table.add_row(name, kind, f"{damage.nats:.6f}", f"{low:.6f} to {high:.6f}")
     _print(table)
-    unresolved = sum(not probe.is_resolved for *_, probe in rows)
-    if unresolved:
-        _print(f"{unresolved} tensors' effects are below the noise: unresolved, not ranked")
+    for kind, loss in state.kernels.items():
+        _print(
+            f"all in {kind}: {loss.dequantised_nats:.5f} nats dequantised, {loss.real_nats:.5f} as "
+            "its kernels run it"
+        )
+    correlations = ", ".join(f"{name} {value:.2f}" for name, value in found.correlations.items())
+    if correlations:
+        _print(f"rank correlation with KL divergence: {correlations}")
+    for knot in state.knots:
+        raw = state.model.raw_total(knot.types)
+        _print(
+            f"a plan as a real file: {knot.kld.mean:.5f} nats; its tensors' damages sum to "
+            f"{raw:.5f}"
+        )
+    if found.n_unresolved:
+        _print(f"{found.n_unresolved} tensors' effects are below the noise: unresolved, not ranked")
+    if not state.settled:
+        _print("more probes could still improve plans a little: --effort thorough")
     for pair, reason in state.excluded.items():
         _print(f"left out: {pair}: {reason}")
 
@@ -363,8 +397,8 @@ def show_plan(plan: Plan, path: Path) -> None:
         f"{plan.prefer}: {size(plan.size_bytes)} ({plan.size_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight\n"
         f"tensors: {kinds}\n"
-        f"predicted KL divergence from the weights alone: {plan.kld_nats:.5f} nats "
-        f"(kernels add about 0.003)\n"
+        f"predicted KL divergence: {plan.kld_nats:.5f} nats (95%: {plan.kld_interval[0]:.5f} to "
+        f"{plan.kld_interval[1]:.5f})\n"
         f"solved in {plan.solver_seconds:.2f} s, proven within {plan.gap:.1e} of the optimum"
     )
     if plan.speed:
@@ -381,12 +415,30 @@ def show_plan(plan: Plan, path: Path) -> None:
         )
         if memory.copied_bytes > memory.file_bytes // 20:
             _print(f"with --no-mmap in llama.cpp: {size(memory.without_map_bytes)}")
+    _show_trials(plan)
     _show_binding(plan)
     if plan.run_flags:
         _print(f"run it with: llama-cli -m FILE {plan.run_flags}")
     for note in plan.notes:
         _print(f"note: {note}")
     _print(f"written: {path} and {path.with_suffix('.tensor-types.txt').name}")
+
+
+def _show_trials(plan: Plan) -> None:
+    """Real files on text that was kept apart, the plan's first."""
+    if not plan.trials:
+        return
+    table = _table("measured as real files", "bytes", "KLD, nats", "99.9%", "plan / this (95%)")
+    for trial in plan.trials:
+        low, high = trial.ratio_interval
+        table.add_row(
+            trial.label,
+            f"{trial.size_bytes:,}",
+            f"{trial.kld.mean:.5f}",
+            f"{trial.kld_p999:.3f}",
+            f"{trial.ratio:.3f} ({low:.3f} to {high:.3f})",
+        )
+    _print(table)
 
 
 def show_front(front: Front) -> None:
@@ -477,9 +529,12 @@ def show_explained(plan: Plan, shares: Sequence[RoleShare], exchanges: Sequence[
 def show_explained_tensor(
     plan: Plan, name: str, rows: Sequence[OptionPrice], exchange: Exchange | None
 ) -> None:
-    table = _table("type", "bytes", "damage, nats", "measured", "decode us", "prefill us", "dearer")
+    table = _table(
+        "type", "bytes", "damage, nats", "95% interval", "decode us", "prefill us", "dearer"
+    )
     for row in rows:
-        measured = f"{row.probed[0]:.6f} to {row.probed[1]:.6f}" if row.probed else "modelled"
+        low, high = row.interval
+        measured = f"{low:.6f} to {high:.6f}{'' if row.is_probed else ' (not probed)'}"
         table.add_row(
             ("> " if row.is_chosen else "  ") + row.type_name,
             f"{row.size_bytes:,}",
@@ -533,8 +588,7 @@ def show_verification(report: VerificationReport) -> None:
     )
     if report.predicted_kld_nats is not None and len(report.files) > 1:
         _print(
-            f"predicted {report.predicted_kld_nats:.5f} (weights alone), measured "
-            f"{report.files[1].kld.mean:.5f}"
+            f"predicted {report.predicted_kld_nats:.5f}, measured {report.files[1].kld.mean:.5f}"
         )
     for versus in report.versus:
         _print(versus.verdict)

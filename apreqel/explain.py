@@ -30,7 +30,8 @@ class OptionPrice:
     is_chosen: bool
     size_bytes: int
     kld_nats: float
-    probed: tuple[float, float] | None  # the 95% interval where the damage was measured itself
+    interval: tuple[float, float]  # of the damage, 95%
+    is_probed: bool  # the damage was measured itself, not predicted
     decode_seconds: float | None
     prefill_seconds: float | None
     regret: float
@@ -66,14 +67,18 @@ def explain_tensor(solved: Solved, sensitivity: Sensitivity, name: str) -> list[
         raise UsageError(f"tensor {printable(name)}: is not in the plan{hint}")
     i = list(solved.options.names).index(name)
     regrets, timings = _regrets(solved, i), solved.options.timings
-    known = sensitivity.tensors.get(name)  # None for the KV cache
+    known = sensitivity.model.table(name) if name in sensitivity.tensors else {}
     rows = [
         OptionPrice(
             kind,
             j == solved.solution.choice[i],
             int(solved.options.sizes[i][j]),
             float(solved.options.damages[i][j]),
-            known.probes[kind].interval if known and kind in known.probes else None,
+            *(
+                (known[kind].interval, known[kind].is_probed)
+                if kind in known
+                else ((float(solved.options.damages[i][j]),) * 2, True)  # its own type, or a cache
+            ),
             float(timings.decode[i][j]) if timings else None,
             float(timings.prefill[i][j]) if timings else None,
             float(regrets[j]),

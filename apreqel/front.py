@@ -14,7 +14,7 @@ import numpy as np
 
 from apreqel.errors import InfeasiblePlanError
 from apreqel.knapsack import solve
-from apreqel.options import Options, build_options, predicted_damage
+from apreqel.options import Options, build_options
 from apreqel.plan import NEAR_LOSSLESS, PlanRequest, hard_limits, stock_map, stock_size
 from apreqel.profile import Speed
 
@@ -67,7 +67,7 @@ def pareto_front(
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
     stock = [_stock_point(name, inventory, sensitivity, profile, depth) for name in _STOCK_SHOWN]
-    usual = next(point.kld_nats for point in stock if point.label == "Q4_K_M")
+    usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
     found: list[tuple[str, Solution]] = []
     n_sizes = n_points if options.timings is None else -(-n_points // 2)
     for size in sizes_of(options, limits, _WORST_TIMES_STOCK * usual, n_sizes):
@@ -75,7 +75,7 @@ def pareto_front(
         closest = solve(options.damages, within, _GAP)
         found.append(("closest", closest))
         if options.timings is not None:
-            allowed = options.damage_limit(_FAST_ALLOWANCE * closest.objective)
+            allowed = options.raw_damage_limit(_FAST_ALLOWANCE * closest.objective, "closeness")
             seconds = options.timings.workload_seconds(*request.workload)
             found.append(("fast", solve(seconds, [*within, allowed], _GAP)))
     points = []
@@ -85,7 +85,7 @@ def pareto_front(
         damage = sum(float(row[c]) for row, c in zip(options.damages, solution.choice, strict=True))
         speed = profile.predict(inventory, types, depth) if profile else None
         size = inventory.output_size(types, records)
-        points.append(FrontPoint(label, size, damage, speed, types))
+        points.append(FrontPoint(label, size, options.model.nats(damage), speed, types))
     return Front(sorted(_not_beaten(points), key=lambda p: (p.size_bytes, p.kld_nats)), stock)
 
 
@@ -103,19 +103,17 @@ def ladder_sizes(
     options = build_options(inventory, sensitivity, records, timed, depth, request.constraints)
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, timed, request.n_ctx or 4096)
-    usual = predicted_damage(sensitivity, stock_map(inventory, sensitivity, "Q4_K_M"))
+    usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
     return sizes_of(options, limits, _WORST_TIMES_STOCK * usual, count)
 
 
-def sizes_of(
-    options: Options, limits: Sequence[Limit], worst_kld: float, count: int
-) -> list[float]:
-    """`count` file sizes: from the smallest plan of at most `worst_kld` to nearly lossless.
+def sizes_of(options: Options, limits: Sequence[Limit], worst: float, count: int) -> list[float]:
+    """`count` file sizes, from the smallest plan whose damages sum to at most `worst` upwards.
 
-    Equal steps of the logarithm, as sizes matter to people.
+    The largest is nearly lossless. Equal steps of the logarithm, as sizes matter to people.
     """
     try:
-        start = solve(options.sizes, [options.damage_limit(worst_kld), *limits])
+        start = solve(options.sizes, [options.raw_damage_limit(worst, "closeness"), *limits])
     except InfeasiblePlanError:
         start = solve(options.sizes, limits)
     least = options.fixed_bytes + start.objective
@@ -156,5 +154,5 @@ def _stock_point(
 ) -> FrontPoint:
     types = stock_map(inventory, sensitivity, preset)
     speed = profile.predict(inventory, types, depth) if profile else None
-    size, damage = stock_size(inventory, types), predicted_damage(sensitivity, types)
-    return FrontPoint(preset, size, damage, speed, types)
+    size, damage = stock_size(inventory, types), sensitivity.model.total(types)
+    return FrontPoint(preset, size, damage.nats, speed, types)

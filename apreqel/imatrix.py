@@ -146,15 +146,21 @@ def collect(
     collector: ImatrixCollector,
     tokens: TokenSet,
     on_chunk: Callable[[int, int], None] | None = None,
+    n_before: int = 0,
 ) -> Imatrix:
-    """Run `tokens` through `context`, which was made with `collector` as its listener."""
+    """Run `tokens` through `context`, which was made with `collector` as its listener.
+
+    `n_before` chunks went through `collector` already.
+    """
     step = context.n_sequences
     for start in range(0, tokens.n_chunks, step):
         # Only the head needs logits, and it needs them everywhere: the head is listened to, too.
-        context.evaluate(tokens.tokens[start : start + step], slice(0, tokens.n_ctx))
+        part = tokens.tokens[start : start + step]
+        everywhere = np.tile(np.arange(tokens.n_ctx, dtype=np.int32), (len(part), 1))
+        context.evaluate(part, everywhere)
         if on_chunk:
             on_chunk(min(start + step, tokens.n_chunks), tokens.n_chunks)
-    return collector.result([tokens.name], tokens.n_chunks, tokens.n_ctx)
+    return collector.result([tokens.name], n_before + tokens.n_chunks, tokens.n_ctx)
 
 
 # --- llama.cpp's file ----------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import numpy as np
 from apreqel import artifacts, calibration, llama
 from apreqel.artifacts import Provenance
 from apreqel.errors import ArtifactError, EngineError
-from apreqel.metrics import Comparison, Estimate, compare, estimate
+from apreqel.metrics import Comparison, Estimate, Reference, compare, estimate
 from apreqel.probing import sequences_at_once
 from apreqel.qtypes import lookup
 
@@ -33,7 +33,6 @@ KV_TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 USUAL = "F16"
 
 _CHUNKS, _CTX = 4, 512
-_IMATRIX_CHUNKS = 48  # left out of the probe text, as in `sensitivity`
 
 
 @dataclass(frozen=True)
@@ -77,14 +76,9 @@ def measure_kv(
         ThreadPoolExecutor(n_threads) as pool,
     ):
         n_ctx = min(_CTX, model.context_length or _CTX)
-        _, tokens = calibration.split_for_calibration(
-            model,
-            texts,
-            imatrix_chunks=_IMATRIX_CHUNKS,
-            imatrix_ctx=n_ctx,
-            probe_chunks=_CHUNKS,
-            probe_ctx=n_ctx,
-        )
+        tokens = calibration.split_for_calibration(
+            model, texts, check_chunks=_CHUNKS, n_ctx=n_ctx
+        ).check
         n = sequences_at_once(n_ctx, model.n_vocab, 1)
         per_chunk = tokens.n_scored // tokens.n_chunks
         following = tokens.next_tokens.reshape(-1)
@@ -92,9 +86,10 @@ def measure_kv(
         def logits(k: str, v: str) -> list[np.ndarray]:  # type: ignore[type-arg]
             kinds = lookup(k), lookup(v)
             with model.context(n_ctx, n, n_threads, cache_types=kinds) as context:
-                return [context.evaluate(c[None], tokens.scored).copy() for c in tokens.tokens]
+                chunks = (tokens.part(slice(i, i + 1)) for i in range(tokens.n_chunks))
+                return [context.evaluate(c.tokens, c.positions).copy() for c in chunks]
 
-        reference = logits(USUAL, USUAL)
+        reference = [Reference.of(rows, pool) for rows in logits(USUAL, USUAL)]
         for i, (cache, kind) in enumerate(wanted):
             on_progress("probing the KV cache", i, len(wanted))
             try:

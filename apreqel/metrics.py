@@ -47,11 +47,56 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class Reference:
+    """The reference's logits [positions, vocabulary] and what every comparison needs of them.
+
+    `log_sum` [positions] is log(sum(exp(logits))), `top1` the most likely token.
+    """
+
+    logits: Floats
+    log_sum: Doubles
+    top1: npt.NDArray[np.int64]
+
+    @staticmethod
+    def of(logits: Floats, pool: ThreadPoolExecutor) -> Reference:
+        n = len(logits)
+        log_sum, top1 = np.empty(n), np.empty(n, np.int64)
+
+        def block(rows: slice) -> None:
+            r = np.asarray(logits[rows])
+            top1[rows] = r.argmax(axis=1)
+            most = r[np.arange(len(r)), top1[rows]]
+            log_sum[rows] = most + np.log(np.exp(r - most[:, None]).sum(axis=1, dtype=np.float64))
+
+        list(pool.map(block, _blocks(n)))
+        return Reference(logits, log_sum, top1)
+
+    def part(self, rows: slice | npt.NDArray[np.intp]) -> Reference:
+        return Reference(self.logits[rows], self.log_sum[rows], self.top1[rows])
+
+    def entropies(self, pool: ThreadPoolExecutor) -> Doubles:
+        """Entropy in nats of the next token at every position."""
+        entropy = np.empty(len(self.logits))
+
+        def block(rows: slice) -> None:
+            r = np.asarray(self.logits[rows])
+            p = np.exp(r - self.log_sum[rows, None].astype(np.float32))
+            entropy[rows] = self.log_sum[rows] - _row_dots(p, r)
+
+        list(pool.map(block, _blocks(len(self.logits))))
+        return entropy
+
+
+@dataclass(frozen=True)
 class Comparison:
-    """Per scored position, all of shape [positions]: divergence and next-token loss in nats."""
+    """Per scored position, all of shape [positions]: divergence and next-token loss in nats.
+
+    `nll_change_nats` is the loss beyond the reference's.
+    """
 
     kld_nats: Doubles
     nll_nats: Doubles
+    nll_change_nats: Doubles
     same_top1: npt.NDArray[np.bool_]
 
     @staticmethod
@@ -59,6 +104,7 @@ class Comparison:
         return Comparison(
             np.concatenate([p.kld_nats for p in parts]),
             np.concatenate([p.nll_nats for p in parts]),
+            np.concatenate([p.nll_change_nats for p in parts]),
             np.concatenate([p.same_top1 for p in parts]),
         )
 
@@ -68,28 +114,27 @@ class Comparison:
 
 
 def compare(
-    logits: Floats, reference: Floats, next_tokens: npt.NDArray[np.int32], pool: ThreadPoolExecutor
+    logits: Floats,
+    reference: Reference,
+    next_tokens: npt.NDArray[np.int32],
+    pool: ThreadPoolExecutor,
 ) -> Comparison:
     """Compare logits [positions, vocabulary] with the reference's at the same positions.
 
     `next_tokens` [positions] are the tokens that really follow. Rows are shared out over `pool`.
     """
     n = len(logits)
-    kld, nll, same = np.empty(n), np.empty(n), np.empty(n, np.bool_)
+    kld, nll, change, same = np.empty(n), np.empty(n), np.empty(n), np.empty(n, np.bool_)
 
-    def block(start: int) -> None:
-        rows = slice(start, min(start + _ROWS_AT_ONCE, n))
-        r = np.asarray(reference[rows])
+    def block(rows: slice) -> None:
+        r = np.asarray(reference.logits[rows])
         d = logits[rows] - r
-        same[rows] = logits[rows].argmax(axis=1) == r.argmax(axis=1)
-        p = r - r.max(axis=1, keepdims=True)
-        index = np.arange(len(p))
-        log_p_next = p[index, next_tokens[rows]].astype(np.float64)
+        same[rows] = logits[rows].argmax(axis=1) == reference.top1[rows]
+        index = np.arange(len(r))
+        log_p_next = r[index, next_tokens[rows]] - reference.log_sum[rows]
+        p = r - reference.log_sum[rows, None].astype(np.float32)
         np.exp(p, out=p)
-        total = p.sum(axis=1, dtype=np.float64)
-        log_p_next -= np.log(total)
-        p /= total[:, None].astype(np.float32)
-        d -= _row_dots(p, d)[:, None]
+        d -= (_row_dots(p, d) / p.sum(axis=1))[:, None]
         rest = _row_dots(p, d).astype(np.float64)  # what rounding left of sum(p d)
         d_next = d[index, next_tokens[rows]].astype(np.float64)
         grown = np.exp(d)
@@ -98,11 +143,16 @@ def compare(
         # log sum(p exp(d)), with the first-order part, which is all rounding, taken out of the sum
         log_sum = np.log1p(_row_dots(p, grown).astype(np.float64) + rest)
         kld[rows] = log_sum - rest
+        change[rows] = log_sum - d_next
         nll[rows] = log_sum - d_next - log_p_next
 
     # list() brings an exception in a worker back to the caller.
-    list(pool.map(block, range(0, n, _ROWS_AT_ONCE)))
-    return Comparison(kld, nll, same)
+    list(pool.map(block, _blocks(n)))
+    return Comparison(kld, nll, change, same)
+
+
+def _blocks(n: int) -> list[slice]:
+    return [slice(start, min(start + _ROWS_AT_ONCE, n)) for start in range(0, n, _ROWS_AT_ONCE)]
 
 
 def _row_dots(a: Floats, b: Floats) -> Floats:

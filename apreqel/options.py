@@ -21,6 +21,7 @@ from apreqel.qtypes import lookup
 from apreqel.sensitivity import Sensitivity, require_probed
 
 if TYPE_CHECKING:
+    from apreqel.damage import DamageModel
     from apreqel.inventory import Inventory, Tensor
     from apreqel.profile import DeviceProfile
 
@@ -130,6 +131,7 @@ class Options:
     damages: Sequence[Doubles]
     timings: Timings | None
     fixed_bytes: int  # header and tensors that stay as they are
+    model: DamageModel  # what a sum of damages measures as a real file
 
     def types_of(self, solution: Solution) -> dict[str, str]:
         chosen = zip(self.names, self.types, solution.choice, strict=True)
@@ -155,7 +157,16 @@ class Options:
         )
 
     def damage_limit(self, nats: float, name: str = "--max-kld") -> Limit:
-        return Limit(name, self.damages, nats, "{:.5f} nats".format, (1e-3, "0.001 nats more"))
+        """`nats` as a real file measures them."""
+        return self.raw_damage_limit(self.model.raw(nats), name)
+
+    def raw_damage_limit(self, raw: float, name: str) -> Limit:
+        """`raw` as a sum of the tensors' damages."""
+
+        def show(total: float) -> str:
+            return f"{self.model.nats(total):.5f} nats"
+
+        return Limit(name, self.damages, raw, show, (1e-3, "0.001 nats more"))
 
     def change_limit(self, types: Mapping[str, str], count: int) -> Limit:
         """At most `count` tensors in another type than in `types`."""
@@ -191,7 +202,7 @@ def build_options(
     With a profile, of these the ones that were timed; decode is reckoned with `n_context` tokens
     in the cache. Raises CalibrationError where the probes are not complete.
     """
-    require_probed(sensitivity, inventory)
+    require_probed(sensitivity)
     constraints = constraints or Constraints()
     constraints.check(inventory)
     names, kinds, sizes, damages = [], [], [], []
@@ -199,7 +210,7 @@ def build_options(
         known = sensitivity.tensors[tensor.name]
         options = [
             t
-            for t in known.errors
+            for t in known.errors.weights
             if f"{tensor.name} {t}" not in sensitivity.excluded and t != tensor.qtype.name
         ]
         options.append(tensor.qtype.name)
@@ -216,7 +227,10 @@ def build_options(
         kinds.append(options)
         sizes.append(np.array([padded_bytes(tensor, t, inventory.alignment) for t in options]))
         # Its own type does no damage: the bytes are copied.
-        damage = [0.0 if t == tensor.qtype.name else known.damage(t) for t in options]
+        model = sensitivity.model
+        damage = [
+            0.0 if t == tensor.qtype.name else model.damage(tensor.name, t).nats for t in options
+        ]
         damages.append(np.array(damage))
     own = {t.name: t.qtype.name for t in inventory.tensors}
     in_place = sum(
@@ -226,7 +240,7 @@ def build_options(
     timings = None
     if profile is not None:
         timings = option_timings(inventory, kinds, sizes, profile, n_context)
-    return Options(names, kinds, sizes, damages, timings, fixed)
+    return Options(names, kinds, sizes, damages, timings, fixed, sensitivity.model)
 
 
 def with_caches(options: Options, kv: KvSensitivity, k_bytes: float, v_bytes: float) -> Options:
@@ -281,13 +295,3 @@ def padded_bytes(tensor: Tensor, type_name: str, alignment: int) -> float:
     """Bytes that a tensor takes in the file, padding included."""
     size = lookup(type_name).size_bytes(tensor.shape)
     return float(-(-size // alignment) * alignment)
-
-
-def predicted_damage(sensitivity: Sensitivity, types: Mapping[str, str]) -> float:
-    """The sum of damages of a map, for the tensors whose type was measured."""
-    total = 0.0
-    for name, known in sensitivity.tensors.items():
-        kind = types.get(name, "")
-        if kind in known.errors or kind in known.probes:
-            total += known.damage(kind)
-    return total

@@ -14,15 +14,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apreqel import artifacts, calibration, kv_cache, llama, quantize, recipes, timing
+from apreqel import artifacts, calibration, candidates, kv_cache, llama, quantize, recipes, timing
 from apreqel import compare as comparing
 from apreqel import front as fronts
 from apreqel import imatrix as imatrices
 from apreqel import plan as planning
 from apreqel import profile as profiling
 from apreqel import sensitivity as sensitivities
+from apreqel import trial as trying
 from apreqel import verify as verification
 from apreqel.calibration import Text
+from apreqel.damage import METRICS
 from apreqel.device import default_threads, detect
 from apreqel.errors import ApreqelError, ArtifactError, ModelFileError, OutputError, UsageError
 from apreqel.front import Front
@@ -31,11 +33,15 @@ from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, requi
 from apreqel.kv_cache import KvSensitivity
 from apreqel.plan import Plan, PlanRequest, Solved
 from apreqel.profile import DeviceProfile
-from apreqel.sensitivity import ProbeSettings, Sensitivity
+from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
+from apreqel.trial import Trials
 from apreqel.verify import VerificationReport, VerifySettings
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
+
+# Plans along a ladder that probing tries as real files.
+_LADDER_TRIALS = {"quick": 1, "normal": 4, "thorough": 6}
 
 
 @dataclass(frozen=True)
@@ -211,22 +217,37 @@ def stored_profile(n_threads: int) -> DeviceProfile | None:
 def probe(
     space: Workspace,
     *,
-    settings: ProbeSettings,
+    effort: Effort,
     texts: Sequence[Text],
     imatrix_file: Path | None = None,
+    settings: ProbeSettings | None = None,
 ) -> tuple[Sensitivity, Imatrix]:
-    """The sensitivity and its imatrix, measured or taken up where they were left."""
+    """The sensitivity and its imatrix, measured or taken up where they were left.
+
+    Plans along a ladder of sizes are tried as real files, so that totals are predicted as such
+    files measure.
+    """
     state = sensitivities.measure(
         space.inventory,
         space.sha256,
         space.folder,
         texts=texts,
-        settings=settings,
+        settings=settings or ProbeSettings(),
+        effort=effort,
         n_threads=space.n_threads,
         imatrix_file=imatrix_file,
         on_progress=space.on_progress,
     )
-    return state, load_imatrix(space)
+    imatrix = load_imatrix(space)
+    with trials_of(space, state, imatrix) as trials:
+        records = planning.encode_metadata(planning.output_metadata(imatrix))
+        candidates.try_ladder(space.inventory, state, records, trials, _LADDER_TRIALS[effort.name])
+    return state, imatrix
+
+
+def trials_of(space: Workspace, state: Sensitivity, imatrix: Imatrix) -> Trials:
+    """Whole maps as real files, on the part of the calibration text that is kept for them."""
+    return Trials(space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress)
 
 
 def load_imatrix(space: Workspace) -> Imatrix:
@@ -249,7 +270,19 @@ def measured(space: Workspace) -> tuple[Sensitivity, Imatrix] | None:
         raise ArtifactError(
             f"{imatrix}: is not the imatrix that was probed with; run apreqel probe"
         )
+    state.knots = trying.knots(trying.read_trials(space.folder, state))
     return state, load_imatrix(space)
+
+
+def use_metric(state: Sensitivity, metric: str) -> None:
+    """What plans call damage: KL divergence, or the change of perplexity's logarithm.
+
+    Raises UsageError.
+    """
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
+    state.metric = metric
+    state.renew_model()
 
 
 def kv_sensitivity(space: Workspace) -> KvSensitivity:
@@ -285,17 +318,36 @@ def plan(
     imatrix: Imatrix,
     device_profile: DeviceProfile | None,
     output: Path | None = None,
+    check: bool = True,
 ) -> tuple[Plan, Path]:
-    """Make the plan; write it and its --tensor-type-file. Returns it with its path."""
+    """Make the plan; write it and its --tensor-type-file. Returns it with its path.
+
+    With `check` it is measured as a real file beside its rivals, and the best is kept.
+    """
     kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
     if request.longest_context:
         records = planning.encode_metadata(planning.output_metadata(imatrix))
         request = planning.with_longest_context(
             space.inventory, state, request, device_profile, kv, records
         )
-    made = planning.make_plan(
-        space.inventory, state, imatrix, request, space.folder, profile=device_profile, kv=kv
-    )
+
+    def make(ease: float = 1.0) -> Plan:
+        return planning.make_plan(
+            space.inventory,
+            state,
+            imatrix,
+            request,
+            space.folder,
+            profile=device_profile,
+            kv=kv,
+            ease=ease,
+        )
+
+    if check:
+        with trials_of(space, state, imatrix) as trials:
+            made = candidates.confirmed_plan(make, request, space.inventory, state, trials)
+    else:
+        made = make()
     path = output or space.folder / planning.PLAN_FILE
     made.save(path)
     lines = recipes.tensor_type_lines(made.types, space.inventory)
@@ -324,6 +376,7 @@ def ladder(
     imatrix: Imatrix,
     device_profile: DeviceProfile | None,
     count: int,
+    check: bool = True,
 ) -> list[tuple[Plan, Path]]:
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
     records = planning.encode_metadata(planning.output_metadata(imatrix))
@@ -333,7 +386,7 @@ def ladder(
         space.on_progress("planning", i - 1, count)
         step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
         output = space.folder / f"plan-ladder-{i}.json"
-        made.append(plan(space, step, state, imatrix, device_profile, output))
+        made.append(plan(space, step, state, imatrix, device_profile, output, check))
     return made
 
 
@@ -342,6 +395,7 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
     made, inventory = load_plan(path)
     folder = Path(made.workdir)
     state = Sensitivity.load(folder / sensitivities.SENSITIVITY_FILE, made.provenance.model_sha256)
+    state.knots = trying.knots(trying.read_trials(folder, state))
     request = planning.request_from(made.provenance.settings)
     timed = profiling.load_named(made.device) if made.device else None
     kv_path = folder / kv_cache.KV_FILE
@@ -511,7 +565,7 @@ def auto(
     space: Workspace,
     request: PlanRequest,
     *,
-    settings: ProbeSettings,
+    effort: Effort,
     texts: Sequence[Text],
     text: Text,
     against: Sequence[str],
@@ -525,7 +579,7 @@ def auto(
     output = output or default_output(space.inventory, space.folder, request.prefer)
     quantize.check_output(space.inventory, output, force or _is_ours(output))
     timed = profiling.load_named(device) if device else profile(space)
-    state, imatrix = probe(space, settings=settings, texts=texts)
+    state, imatrix = probe(space, effort=effort, texts=texts)
     made, plan_path = plan(space, request, state, imatrix, timed)
     if not _holds(output, made):
         run_plan(

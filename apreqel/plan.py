@@ -29,12 +29,12 @@ from apreqel.gguf_header import encode_kv
 from apreqel.knapsack import Limit, Solution, solve
 from apreqel.kv_cache import USUAL, KvSensitivity
 from apreqel.memory import MemoryUse, cache_bytes, memory_use, rest_bytes, usable_context
+from apreqel.metrics import Estimate
 from apreqel.options import (
     CACHES,
     Constraints,
     Options,
     build_options,
-    predicted_damage,
     with_caches,
 )
 from apreqel.profile import Range, Speed
@@ -120,6 +120,18 @@ class Binding:
 
 
 @dataclass(frozen=True)
+class TrialResult:
+    """A real file that was measured beside the plan; `ratio` is the plan's KLD over this file's."""
+
+    label: str
+    size_bytes: int
+    kld: Estimate
+    kld_p999: float
+    ratio: float
+    ratio_interval: tuple[float, ...]
+
+
+@dataclass(frozen=True)
 class Plan:
     """A type for every tensor of the model, and what it should give."""
 
@@ -129,7 +141,8 @@ class Plan:
     limits: Mapping[str, float]
     size_bytes: int
     bits_per_weight: float
-    kld_nats: float
+    kld_nats: float  # of a real file, the KV cache's part included
+    kld_interval: tuple[float, ...]  # 95%
     gap: float
     solver_seconds: float
     imatrix_sha256: str
@@ -143,6 +156,7 @@ class Plan:
     cache_types: Sequence[str] = (USUAL, USUAL)  # of K and V
     n_threads: int | None = None
     notes: Sequence[str] = field(default_factory=tuple)
+    trials: Sequence[TrialResult] = ()  # this plan and its rivals as real files
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -178,6 +192,10 @@ class Plan:
             if data["memory"]:
                 data["memory"] = MemoryUse(**data["memory"])
             data["binding"] = [Binding(**row) for row in data["binding"]]
+            data["kld_interval"] = tuple(data["kld_interval"])
+            data["trials"] = [
+                TrialResult(**{**row, "kld": Estimate(**row["kld"])}) for row in data["trials"]
+            ]
             return cls(provenance, **data)
         except (KeyError, TypeError) as error:
             raise ArtifactError(f"{path}: damaged plan ({error}); plan again") from error
@@ -223,10 +241,14 @@ class Solved:
     n_ctx: int
 
     def binding(self) -> Iterator[Binding]:
+        total, scale = self.solution.objective, 1.0
+        if self.unit == "nats" and total > 0:
+            scale = self.options.model.nats(total) / total
         for limit, price in zip(self.limits, self.solution.prices, strict=True):
             if price > 0:
                 more, text = limit.one_more
-                yield Binding(limit.name, limit.show(limit.at_most), text, price * more, self.unit)
+                buys = price * more * scale
+                yield Binding(limit.name, limit.show(limit.at_most), text, buys, self.unit)
 
 
 def solve_request(
@@ -236,8 +258,12 @@ def solve_request(
     records: Sequence[bytes],
     profile: DeviceProfile | None,
     kv: KvSensitivity | None = None,
+    ease: float = 1.0,
 ) -> Solved:
     """With `kv` and a limit on memory the KV cache's types are chosen together with the weights'.
+
+    `ease` is what a limit on damage is multiplied by, for plans that were measured and could come
+    closer to it, or went beyond it.
 
     Raises UsageError, InfeasiblePlanError, CalibrationError.
     """
@@ -256,16 +282,19 @@ def solve_request(
     if kv is not None and request.max_ram_bytes is not None:
         options = with_caches(options, kv, *cache_bytes(inventory, n_ctx))
     stock = stock_map(inventory, sensitivity, DEFAULT_PRESET)
-    limits = hard_limits(inventory, options, request, timed, n_ctx)
+    limits = hard_limits(inventory, options, request, timed, n_ctx, ease)
     asked = {limit.name for limit in limits}
     if request.max_type_changes is not None:
         limits.append(options.change_limit(stock, request.max_type_changes))
-    usual = predicted_damage(sensitivity, stock)
+    usual = ease * sensitivity.model.raw_total(stock)
     if request.weights:
         costs, unit = objective(options, request, stock)
         solution = solve(costs, limits)
     elif request.prefer == "balanced":
-        worst = usual if request.max_kld_nats is None else request.max_kld_nats
+        asked_raw = (
+            None if request.max_kld_nats is None else options.model.raw(request.max_kld_nats)
+        )
+        worst = usual if asked_raw is None else ease * asked_raw
         costs, unit = options.damages, "nats"
         solution, limits = knee(options, size_budget(inventory, options, request), limits, worst)
     else:
@@ -274,7 +303,7 @@ def solve_request(
             limits.append(options.size_limit(stock_size(inventory, stock), name))
         if request.prefer != "accuracy" and "--max-kld" not in asked:
             name = f"the quality of stock {DEFAULT_PRESET} (--max-kld)"
-            limits.append(options.damage_limit(usual, name))
+            limits.append(options.raw_damage_limit(usual, name))
         costs, unit = objective(options, request, stock)
         solution = solve(costs, limits)
     return Solved(options, limits, costs, unit, solution, depth, n_ctx)
@@ -297,7 +326,7 @@ def with_longest_context(
         raise UsageError("--ctx max: how much memory may it take? give --max-ram or --fit")
     floor = request.max_kld_nats
     if floor is None:
-        floor = predicted_damage(sensitivity, stock_map(inventory, sensitivity, DEFAULT_PRESET))
+        floor = sensitivity.model.total(stock_map(inventory, sensitivity, DEFAULT_PRESET)).nats
     wanted = replace(request, max_kld_nats=floor, longest_context=False)
 
     def attempt(n_ctx: int) -> bool:
@@ -333,17 +362,20 @@ def make_plan(
     *,
     profile: DeviceProfile | None = None,
     kv: KvSensitivity | None = None,
+    ease: float = 1.0,
 ) -> Plan:
     """Solve for `request`. Raises UsageError, InfeasiblePlanError, CalibrationError."""
     metadata = output_metadata(imatrix)
     records = encode_metadata(metadata)
-    solved = solve_request(inventory, sensitivity, request, records, profile, kv)
+    solved = solve_request(inventory, sensitivity, request, records, profile, kv, ease)
     options, solution = solved.options, solved.solution
     picked_types = options.types_of(solution)
     cache_types = [picked_types.pop(name, USUAL) for name in CACHES]
     chosen = {t.name: t.qtype.name for t in inventory.tensors} | picked_types
     metadata["apreqel.plan"] = map_digest(chosen, sensitivity.imatrix_sha256)
-    picked = list(zip(options.damages, solution.choice, strict=True))
+    caches = range(len(inventory.quantizable), len(options.names))
+    cache_damage = sum(float(options.damages[i][solution.choice[i]]) for i in caches)
+    predicted = sensitivity.model.total(chosen)
     tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
     size_bytes = inventory.output_size(chosen, encode_metadata(metadata))
     known = profile is not None and profile.covers(inventory)
@@ -360,7 +392,8 @@ def make_plan(
         binding=list(solved.binding()),
         size_bytes=size_bytes,
         bits_per_weight=8 * tensor_bytes / inventory.n_weights,
-        kld_nats=float(sum(row[c] for row, c in picked)),
+        kld_nats=predicted.nats + cache_damage,
+        kld_interval=tuple(bound + cache_damage for bound in predicted.interval),
         gap=solution.gap,
         solver_seconds=solution.seconds,
         imatrix_sha256=sensitivity.imatrix_sha256,
@@ -380,6 +413,24 @@ def make_plan(
             *plan_notes(sensitivity, chosen),
             *([_CACHE_NOTE] if set(cache_types) != {USUAL} else []),
         ),
+    )
+
+
+def plan_of_map(
+    plan: Plan, inventory: Inventory, sensitivity: Sensitivity, types: Mapping[str, str]
+) -> Plan:
+    """`plan` with another map of types, of no more bytes; speeds are no longer predicted."""
+    metadata = {**plan.metadata, "apreqel.plan": map_digest(types, sensitivity.imatrix_sha256)}
+    tensor_bytes = sum(lookup(types[t.name]).size_bytes(t.shape) for t in inventory.tensors)
+    return replace(
+        plan,
+        types=types,
+        metadata=metadata,
+        size_bytes=inventory.output_size(types, encode_metadata(metadata)),
+        bits_per_weight=8 * tensor_bytes / inventory.n_weights,
+        binding=(),
+        speed=None,
+        memory=None,
     )
 
 
@@ -415,6 +466,7 @@ def hard_limits(
     request: PlanRequest,
     profile: DeviceProfile | None,
     n_ctx: int,
+    ease: float = 1.0,
 ) -> list[Limit]:
     """What the user asked a plan to keep to, whatever is preferred. Raises UsageError."""
     limits = []
@@ -422,7 +474,8 @@ def hard_limits(
     if budget is not None:
         limits.append(options.size_limit(budget))
     if request.max_kld_nats is not None:
-        limits.append(options.damage_limit(request.max_kld_nats))
+        raw = ease * options.model.raw(request.max_kld_nats)
+        limits.append(options.raw_damage_limit(raw, "--max-kld"))
     if request.max_ram_bytes is not None:
         assert profile is not None
         outside = rest_bytes(profile, inventory, n_ctx)
@@ -453,14 +506,14 @@ def size_budget(inventory: Inventory, options: Options, request: PlanRequest) ->
 
 
 def knee(
-    options: Options, budget: int | None, limits: Sequence[Limit], worst_kld: float
+    options: Options, budget: int | None, limits: Sequence[Limit], worst: float
 ) -> tuple[Solution, list[Limit]]:
     """The point of the size/damage front farthest below its chord (Satopaa et al. 2011).
 
-    The front is taken from the smallest plan with a damage of at most `worst_kld` up: below that
+    The front is taken from the smallest plan whose damages sum to at most `worst` up: below that
     every byte saved is dear, and the knee would be a ruin. With the limits it was solved under.
     """
-    first = [options.damage_limit(worst_kld), *limits]
+    first = [options.raw_damage_limit(worst, "the quality floor"), *limits]
     start = solve(options.sizes, first)
     least = options.fixed_bytes + start.objective
     most = options.fixed_bytes + sum(
@@ -498,13 +551,15 @@ def stock_size(inventory: Inventory, types: Mapping[str, str]) -> int:
 
 def plan_notes(sensitivity: Sensitivity, types: Mapping[str, str]) -> Iterator[str]:
     """What the reader of a plan should know about the measurements behind it."""
-    unresolved = [
-        name
-        for name, known in sensitivity.tensors.items()
-        if (probe := known.probes.get(types.get(name, ""))) and not probe.is_resolved
-    ]
+    unresolved = sum(
+        not sensitivity.model.damage(name, types.get(name, "")).is_resolved
+        for name in sensitivity.tensors
+    )
     if unresolved:
-        yield f"{len(unresolved)} probed effects are below the noise (unresolved)"
+        yield (
+            f"the damage of {unresolved} of {len(types)} tensors is not resolved (known to worse "
+            "than a factor of three); apreqel probe --effort thorough measures more"
+        )
     if sensitivity.excluded:
         yield f"{len(sensitivity.excluded)} probes failed and were left out"
     coverage = sensitivity.coverage

@@ -1,149 +1,190 @@
 """How much the model suffers from each tensor in each quant type: measured, and resumable.
 
-Damage is KL divergence from the unquantised model, in nats per token. Every tensor gets at least
-one probe; its other types are predicted from that probe by KLD(t) = a e(t), with e(t) the relative
-output error (see `probing.OutputErrors`). Where that would decide a plan, further probes are made:
-for plans along a ladder of sizes, the (tensor, type) pairs that carry most predicted damage.
+Damage is KL divergence from the unquantised model, in nats per token. Each tensor is probed in one
+type first; then (tensor, type) pairs are probed, or probed on more text, where what is not known
+about them could change plans along a ladder of sizes. `damage` makes a model of it all.
 """
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apreqel import artifacts, calibration, llama, probing
 from apreqel import imatrix as imatrices
 from apreqel.artifacts import Provenance
-from apreqel.errors import ArtifactError, CalibrationError, Interrupted
+from apreqel.damage import Damage, DamageModel, KernelLoss, Knot, Place, Probe, expected_gain
+from apreqel.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from apreqel.knapsack import Limit, solve
-from apreqel.metrics import Estimate, estimate
+from apreqel.metrics import compare
+from apreqel.probing import TensorErrors, first_type
 from apreqel.qtypes import QuantType, lookup
+from apreqel.quantize import quantize_model
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from apreqel.calibration import Text, TokenSet
+    from apreqel.calibration import Split, Text, TokenSet
     from apreqel.imatrix import Coverage, Imatrix
     from apreqel.inventory import Inventory
-    from apreqel.probing import ProbeBench, Reference
+    from apreqel.probing import ProbeBench, ReferenceRun
 
 SENSITIVITY_FILE, IMATRIX_FILE = "sensitivity.json", "imatrix.gguf"
 
-# Every tensor is first probed near this size: large enough an effect to rise above the noise of
-# 1,000 tokens, small enough to stay in the range where tensors add up.
-_FIRST_PROBE_BITS = 4.5
-# Plans from which further probes are chosen, in bits per weight of the quantised tensors.
-_LADDER_BITS = (4.0, 4.5, 5.0, 5.5, 6.0, 6.75, 7.5)
-_PROBES_PER_ROUND = 15
+# Plans whose choices further probes are to settle, in bits per weight of the quantised tensors.
+LADDER_BITS = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.75, 7.5)
+_PROBES_PER_ROUND = 16
+# No more probes once no choice of a ladder plan is expected to gain this part of its damage.
+_SETTLED = 2e-4
 _SAVE_EVERY_SECONDS = 10.0
+_KERNEL_CHUNKS = 8
+# One type for each way in which kernels round activations.
+_KERNEL_TYPES = ("Q8_0", "Q5_1", "Q6_K")
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """What a measurement depends on; another value means another measurement."""
+    """The text that is measured on; another value means another measurement."""
 
-    imatrix_chunks: int = 48
-    imatrix_ctx: int = 512
-    probe_chunks: int = 8
-    probe_ctx: int = 128
-    further_probes: int = 48
+    fitting_chunks: int = 96
+    probe_chunks: int = 32
+    check_chunks: int = 8
+    n_ctx: int = 512
+    probe_ctx: int = 64
     seed: int = 0
+
+    def split(self, model: llama.LoadedModel, texts: Sequence[Text]) -> Split:
+        """Raises CalibrationError where the texts are too short."""
+        return calibration.split_for_calibration(
+            model,
+            texts,
+            fitting_chunks=self.fitting_chunks,
+            probe_chunks=self.probe_chunks,
+            check_chunks=self.check_chunks,
+            n_ctx=self.n_ctx,
+            probe_ctx=self.probe_ctx,
+        )
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to go on: chunks of text for a first probe, and further probes a tensor."""
+
+    name: str
+    first_chunks: int
+    further_per_tensor: float
+    kernel_types: int  # how many of `_KERNEL_TYPES` to measure
+    minutes: float | None = None  # stop then, whatever is left
+
+
+EFFORTS = {
+    effort.name: effort
+    for effort in (
+        Effort("quick", 4, 0.25, 1),
+        Effort("normal", 8, 1.25, 3),
+        Effort("thorough", 16, 4.0, 3),
+    )
+}
+
+
+def effort_from(name: str, minutes: float | None = None) -> Effort:
+    """Raises UsageError."""
+    if name not in EFFORTS:
+        raise UsageError(f"--effort {name!r}: choose one of {', '.join(EFFORTS)}")
+    found = EFFORTS[name]
+    return replace(found, minutes=minutes)
 
 
 @dataclass(frozen=True)
 class TensorSensitivity:
-    """`errors`: relative output error by type. `probes`: measured KLD in nats by type."""
+    """Output errors by type, and what was probed."""
 
-    errors: Mapping[str, float]
-    probes: Mapping[str, Estimate]
-
-    def damage(self, type_name: str) -> float:
-        """KLD in nats of this tensor alone in this type; never negative.
-
-        A probed type is its own measurement. Otherwise a = KLD / e is interpolated between the
-        nearest probes, in log e, and held constant beyond them.
-        """
-        if type_name in self.probes:
-            return max(0.0, self.probes[type_name].mean)
-        error = self.errors[type_name]
-        known = sorted(
-            (math.log(self.errors[t]), math.log(p.mean / self.errors[t]))
-            for t, p in self.probes.items()
-            if p.mean > 0 and self.errors.get(t, 0) > 0
-        )
-        if not known or error <= 0:
-            return 0.0
-        x, y = zip(*known, strict=True)
-        return error * math.exp(float(np.interp(math.log(error), x, y)))
+    errors: TensorErrors
+    probes: Mapping[str, Probe]
 
 
 @dataclass
 class Sensitivity:
-    """The measurement as it stands; `complete` once all wanted probes are done."""
+    """The measurement as it stands; `effort` is the greatest that was seen through, or ''."""
 
     provenance: Provenance
     tensors: dict[str, TensorSensitivity]
+    places: dict[str, Place] = field(default_factory=dict)
     coverage: Coverage | None = None
     imatrix_sha256: str = ""
     excluded: dict[str, str] = field(default_factory=dict)  # "tensor TYPE" -> reason
+    kernels: dict[str, KernelLoss] = field(default_factory=dict)
+    layer_cosines: list[float] = field(default_factory=list)
     self_kld_nats: float = 0.0
     seconds: float = 0.0
-    complete: bool = False
+    effort: str = ""
+    settled: bool = False  # whether further probes were not expected to change plans
+    check_tokens: list[list[int]] = field(default_factory=list)  # of texts, for real files
+    metric: str = "kld"  # what `model` calls damage
+    knots: Sequence[Knot] = ()  # real files, for `model`; kept in another file
+
+    @property
+    def complete(self) -> bool:
+        return bool(self.effort)
 
     @property
     def n_probes(self) -> int:
         return sum(len(t.probes) for t in self.tensors.values())
 
+    @cached_property
+    def model(self) -> DamageModel:
+        """Damages as they follow from what is measured now."""
+        return DamageModel(
+            {name: t.errors for name, t in self.tensors.items()},
+            {name: t.probes for name, t in self.tensors.items()},
+            self.places,
+            self.kernels,
+            self.knots,
+            self.metric,
+        )
+
+    def renew_model(self) -> DamageModel:
+        """`model` after more was measured."""
+        self.__dict__.pop("model", None)
+        return self.model
+
     def save(self, path: Path) -> None:
-        data: dict[str, Any] = {
-            "tensors": {
-                name: {
-                    "errors": dict(t.errors),
-                    "probes": {kind: asdict(p) for kind, p in t.probes.items()},
-                }
-                for name, t in self.tensors.items()
-            },
-            "coverage": asdict(self.coverage) if self.coverage else None,
-            "imatrix_sha256": self.imatrix_sha256,
-            "excluded": self.excluded,
-            "self_kld_nats": self.self_kld_nats,
-            "seconds": self.seconds,
-            "complete": self.complete,
-        }
-        artifacts.save(path, "sensitivity", self.provenance, data)
+        kept = {k: v for k, v in self.__dict__.items() if k not in _NOT_SAVED}
+        kept["tensors"] = {name: asdict(t) for name, t in self.tensors.items()}
+        for name in ("places", "kernels"):
+            kept[name] = {key: asdict(value) for key, value in kept[name].items()}
+        kept["coverage"] = asdict(self.coverage) if self.coverage else None
+        artifacts.save(path, "sensitivity", self.provenance, kept)
 
     @classmethod
     def load(cls, path: Path, model_sha256: str) -> Sensitivity:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "sensitivity", model_sha256)
         try:
-            tensors = {
+            data["tensors"] = {
                 name: TensorSensitivity(
-                    dict(t["errors"]), {kind: Estimate(**p) for kind, p in t["probes"].items()}
+                    TensorErrors(**t["errors"]),
+                    {kind: Probe(**p) for kind, p in t["probes"].items()},
                 )
                 for name, t in data["tensors"].items()
             }
-            coverage = imatrices.Coverage(**data["coverage"]) if data["coverage"] else None
-            return cls(
-                provenance,
-                tensors,
-                coverage,
-                data["imatrix_sha256"],
-                data["excluded"],
-                data["self_kld_nats"],
-                data["seconds"],
-                data["complete"],
-            )
-        except (KeyError, TypeError, ValueError) as error:
+            data["places"] = {name: Place(**p) for name, p in data["places"].items()}
+            data["kernels"] = {kind: KernelLoss(**k) for kind, k in data["kernels"].items()}
+            if data["coverage"]:
+                data["coverage"] = imatrices.Coverage(**data["coverage"])
+            return cls(provenance, **data)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(f"{path}: damaged sensitivity data ({error}); delete it") from error
 
+
+_NOT_SAVED = {"provenance", "model", "metric", "knots"}
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -157,14 +198,15 @@ def measure(
     texts: Sequence[Text],
     settings: ProbeSettings,
     n_threads: int,
+    effort: Effort = EFFORTS["normal"],
     imatrix_file: Path | None = None,
     on_progress: Progress = lambda what, done, total: None,
 ) -> Sensitivity:
     """Collect the imatrix and probe every tensor, continuing what `folder` already holds.
 
-    Leaves `imatrix.gguf` and `sensitivity.json` in `folder`. One model load in all. Raises
-    Interrupted on Ctrl-C with everything measured saved, CalibrationError, EngineError,
-    OutputError.
+    Leaves `imatrix.gguf` and `sensitivity.json` in `folder`. One model load in all. A greater
+    effort builds on what a smaller one measured. Raises Interrupted on Ctrl-C with everything
+    measured saved, CalibrationError, EngineError, OutputError.
     """
     path = folder / SENSITIVITY_FILE
     given = artifacts.file_sha256(imatrix_file) if imatrix_file else ""
@@ -176,7 +218,7 @@ def measure(
         seed=settings.seed,
     )
     state = resumable(path, provenance, folder / IMATRIX_FILE) or Sensitivity(provenance, {})
-    if state.complete:
+    if is_enough(state, effort):
         return state
     marks = artifacts.file_marks(inventory.files)
     started, before = time.monotonic(), state.seconds
@@ -194,16 +236,35 @@ def measure(
         artifacts.source_is_unchanged(inventory.files, marks)
         try:
             with llama.LoadedModel(scratch, patchable=True) as model:
-                run = _Run(inventory, model, scratch, folder, settings, n_threads, on_progress)
-                run.measure(state, texts, imatrix_file, keep)
+                deadline = started + 60 * effort.minutes if effort.minutes else None
+                run = _Run(
+                    inventory, model, scratch, folder, settings, effort, deadline, n_threads,
+                    on_progress, keep,
+                )  # fmt: skip
+                run.measure(state, texts, imatrix_file)
         except KeyboardInterrupt:
             keep(force=True)
             raise Interrupted(
                 f"stopped with {state.n_probes} probes done; run the same command to continue"
             ) from None
-    state.complete = True
+    if not state.effort or _rank(effort.name) > _rank(state.effort):
+        state.effort = effort.name
     keep(force=True)
+    state.renew_model()
     return state
+
+
+def is_enough(state: Sensitivity, effort: Effort) -> bool:
+    """Whether `effort` would add nothing: as much was done, or nothing is left to settle."""
+    if not state.complete:
+        return False
+    if effort.minutes is not None:
+        return state.settled
+    return _rank(state.effort) >= _rank(effort.name)
+
+
+def _rank(effort: str) -> int:
+    return list(EFFORTS).index(effort)
 
 
 def resumable(path: Path, provenance: Provenance, imatrix: Path) -> Sensitivity | None:
@@ -228,35 +289,28 @@ class _Run:
     scratch: Path
     folder: Path
     settings: ProbeSettings
+    effort: Effort
+    deadline: float | None
     n_threads: int
     on_progress: Progress
+    keep: Callable[..., None]
 
-    def measure(
-        self,
-        state: Sensitivity,
-        texts: Sequence[Text],
-        imatrix_file: Path | None,
-        keep: Callable[..., None],
-    ) -> None:
-        s = self.settings
-        fitting, probe_tokens = calibration.split_for_calibration(
-            self.model,
-            texts,
-            imatrix_chunks=s.imatrix_chunks,
-            imatrix_ctx=s.imatrix_ctx,
-            probe_chunks=s.probe_chunks,
-            probe_ctx=s.probe_ctx,
-        )
-        imatrix = self._imatrix(state, fitting, imatrix_file)
-        keep(force=True)
+    def measure(self, state: Sensitivity, texts: Sequence[Text], imatrix_file: Path | None) -> None:
+        split = self.settings.split(self.model, texts)
+        state.check_tokens = split.check.tokens.tolist()
+        state.places = {t.name: Place(t.role, t.layer or 0) for t in self.inventory.quantizable}
+        imatrix, half = self._imatrix(state, split.fitting, imatrix_file)
+        self.keep(force=True)
         candidates = probing.candidate_types(self.inventory, imatrix)
-        with self._bench(probe_tokens, imatrix) as bench:
-            self._errors(state, bench, candidates, probe_tokens)
-            keep(force=True)
-            reference = bench.reference(probe_tokens, self.scratch.parent)
-            state.self_kld_nats = float(bench.compare(reference).kld_nats.mean())
-            self._first_probes(state, bench, candidates, reference, keep)
-            self._further_probes(state, bench, reference, keep)
+        with self._bench(split.probe, imatrix) as bench:
+            self._errors(state, bench, candidates, split.probe, half)
+            self.keep(force=True)
+            reference = bench.reference(split.probe, self.scratch.parent)
+            state.self_kld_nats = float(bench.compare(reference.part(slice(0, 8))).kld_nats.mean())
+            self._first_probes(state, bench, candidates, reference)
+            self._kernels(state, bench, reference)
+            self.keep(force=True)
+            self._further_probes(state, bench, reference)
 
     @contextmanager
     def _bench(
@@ -271,9 +325,15 @@ class _Run:
             finally:
                 bench.close()
 
-    def _imatrix(self, state: Sensitivity, fitting: TokenSet, given: Path | None) -> Imatrix:
-        """Read, or collect and write, `imatrix.gguf`."""
-        target = self.folder / IMATRIX_FILE
+    @property
+    def _is_late(self) -> bool:
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _imatrix(
+        self, state: Sensitivity, fitting: TokenSet, given: Path | None
+    ) -> tuple[Imatrix, Imatrix | None]:
+        """Read, or collect and write, `imatrix.gguf`; with one of every other chunk, if at hand."""
+        target, half = self.folder / IMATRIX_FILE, None
         if state.imatrix_sha256:
             imatrix = imatrices.read_imatrix(target, self.inventory)
         elif given is not None:
@@ -283,16 +343,22 @@ class _Run:
             n = probing.sequences_at_once(fitting.n_ctx, self.model.n_vocab, fitting.n_chunks)
             collector = imatrices.ImatrixCollector(imatrices.n_matrices(self.inventory))
             with self.model.context(fitting.n_ctx, n, self.n_threads, collector) as context:
-                imatrix = imatrices.collect(
-                    context,
-                    collector,
-                    fitting,
-                    lambda done, total: self.on_progress("collecting the imatrix", done, total),
+                half, imatrix = (
+                    imatrices.collect(
+                        context,
+                        collector,
+                        fitting.part(slice(first, None, 2)),
+                        lambda done, _, before=before: self.on_progress(  # type: ignore[misc]
+                            "collecting the imatrix", before + done, fitting.n_chunks
+                        ),
+                        n_before=before,
+                    )
+                    for first, before in ((0, 0), (1, -(-fitting.n_chunks // 2)))
                 )
             imatrices.write_imatrix(target, imatrix)
         state.imatrix_sha256 = artifacts.file_sha256(target)
         state.coverage = imatrix.coverage
-        return imatrix
+        return imatrix, half
 
     def _errors(
         self,
@@ -300,6 +366,7 @@ class _Run:
         bench: ProbeBench,
         candidates: Mapping[str, Sequence[QuantType]],
         tokens: TokenSet,
+        half: Imatrix | None,
     ) -> None:
         """Fill in the output errors, in one evaluation of the first probe tokens."""
         if len(state.tensors) == len(candidates):
@@ -307,6 +374,7 @@ class _Run:
         total = len(candidates)
         listener = probing.OutputErrors(
             candidates,
+            half,
             seed=self.settings.seed,
             on_tensor=lambda name: self.on_progress(
                 "measuring output errors", len(listener.errors), total
@@ -321,43 +389,107 @@ class _Run:
             if errors is None:  # an embedding that is only looked up, or an unused tensor
                 errors = probing.lookup_errors(bench, name, kinds, tokens)
             state.tensors[name] = TensorSensitivity(errors, {})
+        state.layer_cosines = listener.layer_cosines
 
     def _first_probes(
         self,
         state: Sensitivity,
         bench: ProbeBench,
         candidates: Mapping[str, Sequence[QuantType]],
-        reference: Reference,
-        keep: Callable[..., None],
+        reference: ReferenceRun,
     ) -> None:
-        wanted = []
-        for name, kinds in candidates.items():
-            if kinds and not state.tensors[name].probes:
-                wanted.append((name, first_type(kinds, state.tensors[name].errors)))
-        done = len(candidates) - len(wanted)
+        """One type of every tensor; spread over the layers, lest time runs out on the way."""
+        names = [name for name, kinds in candidates.items() if kinds]
+        ordered = [name for first in range(4) for name in names[first::4]]
+        wanted = [
+            (name, kind)
+            for name in ordered
+            if not self._is_probed(state, name, kind := first_type(candidates[name]).name)
+        ]
+        done = len(names) - len(wanted)
         for i, (name, kind) in enumerate(wanted):
-            self.on_progress("probing tensors", done + i, len(candidates))
-            self._probe(state, bench, name, kind, reference)
-            keep()
-        self.on_progress("probing tensors", len(candidates), len(candidates))
+            if self._is_late:
+                return
+            self.on_progress("probing tensors", done + i, len(names))
+            self._probe(state, bench, {name: lookup(kind)}, reference, self.effort.first_chunks)
+            self.keep()
+        self.on_progress("probing tensors", len(names), len(names))
+
+    def _is_probed(self, state: Sensitivity, name: str, kind: str) -> bool:
+        known = state.tensors[name].probes.get(kind)
+        enough = known is not None and len(known.kld) >= min(
+            self.effort.first_chunks, self.settings.probe_chunks
+        )
+        return enough or f"{name} {kind}" in state.excluded
+
+    def _kernels(self, state: Sensitivity, bench: ProbeBench, reference: ReferenceRun) -> None:
+        """Whole models in one type, with dequantised weights and as real files."""
+        part = reference.part(slice(0, _KERNEL_CHUNKS))
+        for i, kind in enumerate(_KERNEL_TYPES[: self.effort.kernel_types]):
+            names = [n for n, t in state.tensors.items() if kind in t.errors.weights]
+            held = sum(self.inventory.by_name[n].n_elements for n in names)
+            rare = held < sum(t.n_elements for t in self.inventory.quantizable) / 4
+            if kind in state.kernels or rare or self._is_late:
+                continue
+            self.on_progress("measuring what kernels lose", i, self.effort.kernel_types)
+            dequantised = bench.probe({n: lookup(kind) for n in names}, part)
+            types = {t.name: t.qtype.name for t in self.inventory.tensors}
+            path = self.scratch.parent / f"{kind}.gguf"
+            quantize_model(
+                self.inventory,
+                types | dict.fromkeys(names, kind),
+                path,
+                imatrix=bench.imatrix,
+                n_threads=self.n_threads,
+                allow_requantize=True,
+            )
+            real = self._real_file(path, part, bench)
+            path.unlink()
+            loss = KernelLoss(float(dequantised.kld_nats.mean()), real)
+            if np.isfinite([loss.dequantised_nats, loss.real_nats]).all():
+                state.kernels[kind] = loss
+            else:
+                state.excluded[f"all tensors {kind}"] = "the probe gave NaN or Inf"
+
+    def _real_file(self, path: Path, part: ReferenceRun, bench: ProbeBench) -> float:
+        """Mean KLD of a file as llama.cpp runs it, on the probe text."""
+        following, klds = part.tokens.next_tokens.reshape(-1), []
+        n = probing.sequences_at_once(part.tokens.n_ctx, self.model.n_vocab, part.tokens.n_chunks)
+        with (
+            llama.LoadedModel(path) as model,
+            model.context(part.tokens.n_ctx, n, self.n_threads) as context,
+        ):
+            first = 0
+            for start in range(0, part.tokens.n_chunks, n):
+                tokens = part.tokens.part(slice(start, start + n))
+                rows = slice(first, first := first + tokens.n_scored)
+                logits = context.evaluate(tokens.tokens, tokens.positions)
+                klds.append(
+                    compare(logits, part.rows.part(rows), following[rows], bench.pool).kld_nats
+                )
+        return float(np.concatenate(klds).mean())
 
     def _further_probes(
-        self,
-        state: Sensitivity,
-        bench: ProbeBench,
-        reference: Reference,
-        keep: Callable[..., None],
+        self, state: Sensitivity, bench: ProbeBench, reference: ReferenceRun
     ) -> None:
-        extra = self.settings.further_probes
-        done = max(0, state.n_probes - len(state.tensors))
-        while done < extra:
-            wanted = decisive_pairs(state, self.inventory, min(_PROBES_PER_ROUND, extra - done))
+        """Until enough were made, time is up, or nothing is left that could change plans."""
+        extra = round(self.effort.further_per_tensor * len(state.tensors))
+        done = sum(max(0, len(t.probes) - 1) for t in state.tensors.values())
+        while done < extra and not self._is_late:
+            wanted = decisive_pairs(
+                state, self.inventory, min(_PROBES_PER_ROUND, extra - done), self.settings
+            )
+            state.settled = not wanted
             if not wanted:
-                return
-            for name, type_name in wanted:
+                break
+            for name, kind in wanted:
+                if self._is_late:
+                    return
                 self.on_progress("probing what decides plans", done, extra)
-                self._probe(state, bench, name, lookup(type_name), reference)
-                keep()
+                known = state.tensors[name].probes.get(kind)
+                chunks = 2 * len(known.kld) if known else self.effort.first_chunks
+                self._probe(state, bench, {name: lookup(kind)}, reference, chunks)
+                self.keep()
                 done += 1
         self.on_progress("probing what decides plans", extra, extra)
 
@@ -365,59 +497,133 @@ class _Run:
         self,
         state: Sensitivity,
         bench: ProbeBench,
-        name: str,
-        kind: QuantType,
-        reference: Reference,
+        types: Mapping[str, QuantType],
+        reference: ReferenceRun,
+        n_chunks: int,
     ) -> None:
-        """One probe; a result that is not finite is tried once more, then excluded."""
+        """Probe a pair up to `n_chunks` chunks; not finite twice excludes it."""
+        ((name, kind),) = types.items()
+        tensor = state.tensors[name]
+        before = tensor.probes.get(kind.name, Probe([], []))
+        part = reference.part(slice(len(before.kld), n_chunks))
+        if not part.tokens.n_chunks:
+            return
         for _ in range(2):
-            result = bench.probe({name: kind}, reference)
+            result = bench.probe(types, part)
             if result.is_finite:
-                tensor = state.tensors[name]
-                measured = estimate(result.kld_nats, reference.tokens.n_chunks)
+                kld, change = (
+                    values.reshape(part.tokens.n_chunks, -1).mean(axis=1).tolist()
+                    for values in (result.kld_nats, result.nll_change_nats)
+                )
+                found = Probe([*before.kld, *kld], [*before.nll_change, *change])
                 state.tensors[name] = TensorSensitivity(
-                    tensor.errors, {**tensor.probes, kind.name: measured}
+                    tensor.errors, {**tensor.probes, kind.name: found}
                 )
                 return
         state.excluded[f"{name} {kind.name}"] = "the probe gave NaN or Inf twice"
 
 
-def first_type(kinds: Sequence[QuantType], errors: Mapping[str, float]) -> QuantType:
-    """The type nearest to 4.5 bits per weight; among equals the one with the least error."""
-    return min(kinds, key=lambda q: (abs(q.bits_per_weight - _FIRST_PROBE_BITS), errors[q.name]))
+def decisive_pairs(
+    state: Sensitivity, inventory: Inventory, count: int, settings: ProbeSettings
+) -> list[tuple[str, str]]:
+    """(tensor, type) pairs whose measuring is expected to improve plans along the ladder most.
 
-
-def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list[tuple[str, str]]:
-    """Unprobed (tensor, type) pairs that carry most predicted damage in plans along the ladder."""
-    names = [n for n, t in state.tensors.items() if t.probes]
+    At the price of size in a ladder plan every option of a tensor costs damage + price x bytes; a
+    pair is worth the expected gain of finding that it beats the chosen one, or is beaten.
+    """
+    model = state.renew_model()
+    names = list(state.tensors)
     options = {
-        n: [t for t in state.tensors[n].errors if f"{n} {t}" not in state.excluded] for n in names
+        n: [t for t in state.tensors[n].errors.weights if f"{n} {t}" not in state.excluded]
+        for n in names
     }
     sizes = [
         np.array([lookup(t).size_bytes(inventory.by_name[n].shape) for t in options[n]], float)
         for n in names
     ]
-    damages = [np.array([state.tensors[n].damage(t) for t in options[n]]) for n in names]
+    tables = [[model.damage(n, t) for t in options[n]] for n in names]
+    damages = [np.array([d.nats for d in row]) for row in tables]
+    deviations = [np.array([d.nats * min(d.log_deviation, 1.5) for d in row]) for row in tables]
     n_weights = sum(inventory.by_name[n].n_elements for n in names)
-    scores: dict[tuple[str, str], float] = {}
-    for bits in _LADDER_BITS:
+    gains: dict[tuple[str, str], float] = {}
+    for bits in LADDER_BITS:
         budget = bits * n_weights / 8
         if budget < sum(s.min() for s in sizes):
             continue
-        solution = solve(damages, [Limit("size", sizes, budget)])
-        for name, chosen, row in zip(names, solution.choice, damages, strict=True):
-            pair = name, options[name][chosen]
-            share = float(row[chosen]) / max(solution.objective, 1e-12)
-            if pair[1] not in state.tensors[name].probes and share > 0:
-                scores[pair] = scores.get(pair, 0.0) + share
-    return sorted(scores, key=lambda pair: -scores[pair])[:count]
+        solution = solve(damages, [Limit("size", sizes, budget)], gap_wanted=1e-3)
+        for i, name in enumerate(names):
+            cost = damages[i] + solution.prices[0] * sizes[i]
+            chosen = solution.choice[i]
+            gap = np.maximum(0.0, cost - cost[chosen])
+            others = np.delete(cost, chosen)
+            gap[chosen] = max(0.0, float(others.min()) - cost[chosen]) if len(others) else np.inf
+            expected = expected_gain(gap, deviations[i]) / max(solution.objective, 1e-12)
+            for t, gain in zip(options[name], expected, strict=True):
+                gains[name, t] = max(gains.get((name, t), 0.0), float(gain))
+
+    def is_open(pair: tuple[str, str]) -> bool:
+        known = state.tensors[pair[0]].probes.get(pair[1])
+        return known is None or len(known.kld) < settings.probe_chunks
+
+    best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]
+    return [pair for pair in best if gains[pair] > _SETTLED / 10]
 
 
-def require_probed(state: Sensitivity, inventory: Inventory) -> None:
-    """Raise CalibrationError where a quantisable tensor has no usable probe at all."""
-    for tensor in inventory.quantizable:
-        known = state.tensors.get(tensor.name)
-        if known is None or (known.errors and not known.probes):
+@dataclass(frozen=True)
+class Report:
+    """What a measurement says about itself.
+
+    `fitted` and `half_text` are medians of `TensorErrors`' ratios; `correlations` are Spearman's
+    with the KL divergence of the first probes; `most_sensitive` are (tensor, first type, damage).
+    """
+
+    fitted: float
+    half_text: float
+    correlations: Mapping[str, float]
+    most_sensitive: Sequence[tuple[str, str, Damage]]
+    n_unresolved: int
+
+
+def report(state: Sensitivity) -> Report:
+    from scipy.stats import spearmanr
+
+    first = {n: next(iter(t.probes.items())) for n, t in state.tensors.items() if t.probes}
+    kld = {n: p.estimate().mean for n, (_, p) in first.items()}
+    others = {
+        "perplexity": {n: p.estimate("perplexity").mean for n, (_, p) in first.items()},
+        "output error": {n: state.tensors[n].errors.weights[t] for n, (t, _) in first.items()},
+    }
+    if len(state.layer_cosines) > 1:
+        others["layer's 1 - cosine"] = {
+            n: 1 - state.layer_cosines[layer]
+            for n in first
+            if 0 < (layer := state.places[n].layer) < len(state.layer_cosines)
+        }
+    correlations = {}
+    for label, values in others.items():
+        if len(values) > 2:
+            pairs = [(kld[n], value) for n, value in values.items()]
+            correlations[label] = float(spearmanr(*zip(*pairs, strict=True)).statistic)
+    ranked = sorted(
+        ((n, t, state.model.damage(n, t)) for n, (t, _) in first.items()),
+        key=lambda row: -row[2].nats,
+    )
+    errors = [t.errors for t in state.tensors.values()]
+    return Report(
+        float(np.median([e.fitted for e in errors])),
+        float(np.median([e.half_text for e in errors])),
+        correlations,
+        [row for row in ranked if row[2].is_resolved],
+        sum(not row[2].is_resolved for row in ranked),
+    )
+
+
+def require_probed(state: Sensitivity) -> None:
+    """Raise CalibrationError where there is nothing to tell a tensor's damage from."""
+    roles = {state.places[n].role for n, t in state.tensors.items() if t.probes}
+    for name, tensor in state.tensors.items():
+        if tensor.errors.weights and state.places[name].role not in roles:
             raise CalibrationError(
-                f"tensor {tensor.name}: no usable probe; run apreqel probe again"
+                f"tensor {name}: neither it nor its like was probed; run apreqel probe again, "
+                "with more --minutes"
             )

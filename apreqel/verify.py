@@ -7,30 +7,25 @@ timings taken in turn.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
 
 from apreqel import artifacts, calibration, llama
 from apreqel.artifacts import Provenance
-from apreqel.calibration import Text, TokenSet
-from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, VerificationError
+from apreqel.calibration import Text
+from apreqel.errors import ArtifactError, UnsupportedModelError, VerificationError
 from apreqel.inventory import Inventory, read_inventory
-from apreqel.metrics import Comparison, Estimate, compare, estimate, ratio_interval
-from apreqel.probing import sequences_at_once
+from apreqel.metrics import Comparison, Estimate, estimate, ratio_interval
 from apreqel.timing import time_file
+from apreqel.trial import OnText
 
 if TYPE_CHECKING:
     from apreqel.imatrix import Imatrix
 
-Floats = npt.NDArray[np.float32]
 Progress = Callable[[str, int, int], None]
 
 VERIFICATION_FILE = "verification.json"
@@ -181,16 +176,19 @@ def verify(
     labels = ["original", *files]
     paths = [original.files[0], *files.values()]
     inventories = [original, *(read_inventory(p) for p in files.values())]
-    folder.mkdir(parents=True, exist_ok=True)
     comparisons: list[Comparison] = []
-    with tempfile.TemporaryDirectory(prefix="verify-", dir=folder) as scratch:
-        reference, tokens = _reference(
-            paths[0], text, settings, n_threads, Path(scratch), on_progress
-        )
+    with OnText(
+        paths[0],
+        lambda model: calibration.verification_set(model, text, settings.n_ctx, settings.n_scored),
+        settings.n_ctx,
+        folder,
+        n_threads,
+        on_progress,
+    ) as on_text:
+        tokens = on_text.tokens
         for i, (label, path) in enumerate(zip(labels, paths, strict=True)):
             on_progress(f"evaluating {label}", i, len(labels))
-            comparisons.append(_compare(path, tokens, reference, settings, n_threads))
-        del reference
+            comparisons.append(on_text.compare(path))
     on_progress("evaluating", len(labels), len(labels))
     speeds: list[Speed | None] = [None] * len(paths)
     if settings.with_speed:
@@ -211,73 +209,6 @@ def verify(
     return VerificationReport(
         provenance, text.name, tokens.n_scored, measured, versus, predicted_kld_nats
     )
-
-
-@contextmanager
-def _running(
-    path: Path, settings: VerifySettings, n_threads: int
-) -> Iterator[tuple[llama.LoadedModel, llama.Context]]:
-    with llama.LoadedModel(path) as model:
-        if model.context_length and model.context_length < settings.n_ctx:
-            raise UnsupportedModelError(
-                f"{path}: trained for {model.context_length} tokens of context, verification uses "
-                f"{settings.n_ctx}; lower it with --ctx"
-            )
-        n = sequences_at_once(settings.n_ctx, model.n_vocab, 2)
-        with model.context(settings.n_ctx, n, n_threads) as context:
-            yield model, context
-
-
-def _batches(tokens: TokenSet, step: int) -> Iterator[tuple[slice, npt.NDArray[np.int32]]]:
-    per_chunk = tokens.n_scored // tokens.n_chunks
-    for start in range(0, tokens.n_chunks, step):
-        part = tokens.tokens[start : start + step]
-        yield slice(start * per_chunk, (start + len(part)) * per_chunk), part
-
-
-def _reference(
-    path: Path,
-    text: Text,
-    settings: VerifySettings,
-    n_threads: int,
-    scratch: Path,
-    on_progress: Progress,
-) -> tuple[Floats, TokenSet]:
-    """The original's logits at all scored positions, in a file in `scratch`."""
-    with _running(path, settings, n_threads) as (model, context):
-        tokens = calibration.verification_set(model, text, settings.n_ctx, settings.n_scored)
-        shape = tokens.n_scored, model.n_vocab
-        artifacts.require_space(scratch, 4 * shape[0] * shape[1], "the original's logits")
-        store = np.memmap(scratch / "reference.f32", np.float32, "w+", shape=shape)
-        for rows, part in _batches(tokens, context.n_sequences):
-            on_progress("evaluating the original", rows.start, tokens.n_scored)
-            store[rows] = context.evaluate(part, tokens.scored)
-            if not np.isfinite(store[rows]).all():
-                raise EngineError(f"{path}: gives NaN or Inf logits")
-    return store, tokens
-
-
-def _compare(
-    path: Path, tokens: TokenSet, reference: Floats, settings: VerifySettings, n_threads: int
-) -> Comparison:
-    following = tokens.next_tokens.reshape(-1)
-    parts = []
-    with (
-        _running(path, settings, n_threads) as (model, context),
-        ThreadPoolExecutor(n_threads) as pool,
-    ):
-        if model.n_vocab != reference.shape[1]:
-            raise VerificationError(
-                f"{path}: has {model.n_vocab} tokens in its vocabulary, the original "
-                f"{reference.shape[1]}; it is another model"
-            )
-        for rows, part in _batches(tokens, context.n_sequences):
-            logits = context.evaluate(part, tokens.scored)
-            parts.append(compare(logits, reference[rows], following[rows], pool))
-    result = Comparison.joined(parts)
-    if not result.is_finite:
-        raise EngineError(f"{path}: gives NaN or Inf logits")
-    return result
 
 
 def _measured(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ from apreqel import (
     imatrix,
     kv_cache,
     llama,
+    options,
     plan,
     probing,
     quantize,
@@ -37,15 +39,14 @@ from apreqel.errors import (
     VerificationError,
 )
 from apreqel.inventory import Inventory, read_inventory
-from apreqel.metrics import Estimate
 from apreqel.plan import PlanRequest
 from apreqel.qtypes import lookup
-from apreqel.sensitivity import ProbeSettings, Sensitivity, TensorSensitivity
+from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
 
 SHA = "0" * 64
-QUICK = ProbeSettings(
-    imatrix_chunks=4, imatrix_ctx=128, probe_chunks=4, probe_ctx=64, further_probes=4
-)
+SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128, probe_ctx=64)
+LITTLE = Effort("quick", 2, 0.5, 2)
+MEASURE = {"settings": SHORT, "effort": LITTLE, "n_threads": 2}
 
 
 def texts() -> list[Text]:
@@ -60,7 +61,7 @@ def probed(
     model = request.getfixturevalue(f"{request.param}_model")
     inventory = read_inventory(model[0] if isinstance(model, list) else model)
     folder = tmp_path_factory.mktemp(request.param)
-    state = sensitivity.measure(inventory, SHA, folder, texts=texts(), settings=QUICK, n_threads=2)
+    state = sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
     return inventory, folder, state
 
 
@@ -76,11 +77,17 @@ def test_every_tensor_is_probed(probed: tuple[Inventory, Path, Sensitivity]) -> 
     assert state.complete and not state.excluded
     assert set(state.tensors) == {t.name for t in inventory.quantizable}
     assert all(t.probes for t in state.tensors.values())
-    assert state.n_probes == len(state.tensors) + QUICK.further_probes
+    assert len(state.tensors) < state.n_probes <= 1.5 * len(state.tensors) + 1
+    assert all(len(p.kld) in (2, 4) for t in state.tensors.values() for p in t.probes.values())
     assert abs(state.self_kld_nats) < 1e-7
     assert not list(folder.glob("scratch-*"))
     for known in state.tensors.values():
-        assert known.errors["Q8_0"] < known.errors["Q5_0"] < known.errors["Q4_0"]
+        errors = known.errors.weights
+        assert errors["Q8_0"] < errors["Q5_0"] < errors["Q4_0"]
+        assert 0.5 < known.errors.half_text < 2
+    assert set(state.kernels) >= {"Q8_0", "Q5_1"}
+    assert all(loss.real_nats > 0 for loss in state.kernels.values())
+    assert len(state.layer_cosines) > 0 and all(-1 <= c <= 1 for c in state.layer_cosines)
 
 
 def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: Path) -> None:
@@ -88,21 +95,20 @@ def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: P
     inventory = read_inventory(llama_model)
     names = ["blk.0.ffn_down.weight", "blk.1.attn_v.weight"]
     with llama.LoadedModel(llama_model) as model:
-        tokens, _ = calibration.split_for_calibration(
-            model, texts(), imatrix_chunks=4, imatrix_ctx=64, probe_chunks=4, probe_ctx=64
-        )
+        tokens = calibration.split_for_calibration(
+            model, texts(), fitting_chunks=4, n_ctx=64, probe_chunks=4, probe_ctx=64
+        ).probe
         with model.context(64, 2, 2) as context:
-            plain = [
-                context.evaluate(t, tokens.scored).copy() for t in tokens.tokens.reshape(2, 2, 64)
-            ]
+            halves = [tokens.part(slice(0, 2)), tokens.part(slice(2, 4))]
+            plain = [context.evaluate(t.tokens, t.positions).copy() for t in halves]
     with probing.scratch_copy(inventory, tmp_path, 2) as scratch:
         with (
             llama.LoadedModel(scratch, patchable=True) as model,
             model.context(64, 2, 2) as context,
         ):
             bench = probing.ProbeBench(scratch, context, 2)
-            reference = bench.reference(tokens, tmp_path)
-            np.testing.assert_allclose(reference.logits, np.concatenate(plain), atol=2e-2)
+            reference = bench.reference(tokens, tmp_path, informative_part=1.0)
+            np.testing.assert_allclose(reference.rows.logits, np.concatenate(plain), atol=2e-2)
             swapped = bench.probe({n: lookup("Q4_0") for n in names}, reference)
             again = bench.compare(reference)
             bench.close()
@@ -141,7 +147,7 @@ def test_resumes_after_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
             seen.append(done)
             raise KeyboardInterrupt
 
-    arguments = {"texts": texts(), "settings": QUICK, "n_threads": 2}
+    arguments = {"texts": texts(), **MEASURE}
     with pytest.raises(Interrupted, match="7 probes done; run the same command"):
         sensitivity.measure(inventory, SHA, tmp_path, on_progress=interrupt, **arguments)
     kept = Sensitivity.load(tmp_path / "sensitivity.json", SHA)
@@ -157,10 +163,10 @@ def test_resumes_after_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
     assert done[0] == 7
     whole = sensitivity.measure(inventory, SHA, tmp_path / "whole", **arguments)
     for name, known in whole.tensors.items():
-        assert state.tensors[name].errors == pytest.approx(known.errors, rel=1e-5)
-        for kind, probe in known.probes.items():
-            assert state.tensors[name].probes[kind].mean == pytest.approx(probe.mean, rel=1e-3)
-    other = replace(QUICK, probe_chunks=2)
+        again = state.tensors[name]
+        assert again.errors.weights == pytest.approx(known.errors.weights, rel=1e-5)
+        first = next(iter(known.probes))
+        assert again.probes[first].kld[:2] == pytest.approx(known.probes[first].kld[:2], rel=1e-3)
     assert (
         sensitivity.resumable(
             tmp_path / "sensitivity.json",
@@ -168,7 +174,7 @@ def test_resumes_after_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
             tmp_path / "imatrix.gguf",
         )
         is None
-    ), other
+    )
     with pytest.raises(ArtifactError, match="made for the model with SHA-256"):
         Sensitivity.load(tmp_path / "sensitivity.json", "1" * 64)
 
@@ -188,23 +194,57 @@ def test_probe_that_gives_nan_is_left_out(
 
     monkeypatch.setattr(probing.ProbeBench, "probe", broken)
     inventory = read_inventory(llama_model)
-    state = sensitivity.measure(
-        inventory, SHA, tmp_path, texts=texts(), settings=QUICK, n_threads=2
+    state = sensitivity.measure(inventory, SHA, tmp_path, texts=texts(), **MEASURE)
+    assert len(calls) % 2 == 0
+    assert "the probe gave NaN or Inf twice" in state.excluded.values()
+    assert {pair.split()[0] for pair in state.excluded} == {"blk.0.attn_k.weight", "all"}
+    assert not state.tensors["blk.0.attn_k.weight"].probes
+    # What was left out is no option; the tensor's other types are told from the other layer.
+    found = options.build_options(inventory, state, [])
+    kinds = found.types[list(found.names).index("blk.0.attn_k.weight")]
+    assert kinds and not {pair.split()[1] for pair in state.excluded} & set(kinds)
+    assert not state.model.damage("blk.0.attn_k.weight", "Q5_0").is_probed
+
+
+def test_more_effort_builds_on_less(llama_model: Path, tmp_path: Path) -> None:
+    inventory = read_inventory(llama_model)
+    arguments = {"texts": texts(), "settings": SHORT, "n_threads": 2}
+    less = sensitivity.measure(inventory, SHA, tmp_path, effort=LITTLE, **arguments)
+    before = {(n, t): p.kld for n, k in less.tensors.items() for t, p in k.probes.items()}
+    counted: list[str] = []
+    more = sensitivity.measure(
+        inventory,
+        SHA,
+        tmp_path,
+        effort=Effort("normal", 4, 1.0, 2),
+        on_progress=lambda what, done, total: counted.append(what),
+        **arguments,
     )
-    assert calls == ["tried", "tried"]
-    assert list(state.excluded.values()) == ["the probe gave NaN or Inf twice"]
-    with pytest.raises(CalibrationError, match=r"blk.0.attn_k.weight: no usable probe"):
-        sensitivity.require_probed(state, inventory)
+    assert "collecting the imatrix" not in counted and "measuring output errors" not in counted
+    for (name, kind), kld in before.items():
+        assert list(more.tensors[name].probes[kind].kld[: len(kld)]) == list(kld)
+    assert all(len(next(iter(t.probes.values())).kld) == 4 for t in more.tensors.values())
+    same = sensitivity.measure(
+        inventory, SHA, tmp_path, effort=LITTLE, on_progress=fail, **arguments
+    )
+    assert same.n_probes == more.n_probes and same.effort == "normal"
 
 
-def test_damage_between_and_beyond_probes() -> None:
-    errors = {"A": 1e-4, "B": 1e-3, "C": 1e-2, "D": 1e-1}
-    one = TensorSensitivity(errors, {"C": Estimate(0.02, 0.001, 100)})
-    assert one.damage("C") == 0.02
-    assert one.damage("A") == pytest.approx(2e-4)  # a = 2 everywhere
-    two = TensorSensitivity(errors, {"A": Estimate(4e-4, 0, 9), "C": Estimate(0.01, 0, 9)})
-    assert two.damage("B") == pytest.approx(1e-3 * 2)  # a from 4 to 1, half way in log e
-    assert two.damage("D") == pytest.approx(0.1)
+def fail(what: str, done: int, total: int) -> None:
+    raise AssertionError(f"nothing is left to do, but: {what}")
+
+
+def test_time_runs_out_and_the_rest_is_told_from_neighbours(
+    llama_model: Path, tmp_path: Path
+) -> None:
+    inventory = read_inventory(llama_model)
+    effort = Effort("normal", 4, 1.0, 2, minutes=1e-6)
+    state = sensitivity.measure(
+        inventory, SHA, tmp_path, texts=texts(), settings=SHORT, effort=effort, n_threads=2
+    )
+    assert state.complete and state.n_probes == 0
+    with pytest.raises(CalibrationError, match=r"neither it nor its like was probed"):
+        sensitivity.require_probed(state)
 
 
 # --- the imatrix ---------------------------------------------------------------------------------
@@ -217,7 +257,7 @@ def test_imatrix_equals_sums_taken_from_numpy(tmp_path: Path) -> None:
     reader = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     collector = imatrix.ImatrixCollector(imatrix.n_matrices(inventory))
     tokens = np.arange(128, dtype=np.int32).reshape(2, 64) % 250
-    token_set = calibration.TokenSet("t", tokens, 0, "")
+    token_set = calibration.TokenSet.scored_from(0, "t", tokens, "")
     with llama.LoadedModel(path) as model, model.context(64, 1, 2, collector) as context:
         collected = imatrix.collect(context, collector, token_set)
     x = reader["token_embd.weight"].reshape(-1, 256)[tokens.reshape(-1)].astype(np.float64)
@@ -237,7 +277,7 @@ def test_tied_head_is_in_the_imatrix(probed: tuple[Inventory, Path, Sensitivity]
 
 def test_experts_are_counted_apart(moe_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(moe_model)
-    sensitivity.measure(inventory, SHA, tmp_path, texts=texts(), settings=QUICK, n_threads=2)
+    sensitivity.measure(inventory, SHA, tmp_path, texts=texts(), **MEASURE)
     entries = load_imatrix(tmp_path, inventory).entries
     counts = entries["blk.0.ffn_up_exps.weight"].counts
     assert counts.shape == (4,) and counts.sum() == 2 * 4 * 128  # two of four, 4 chunks of 128
@@ -250,8 +290,8 @@ def test_llama_cpps_layout_of_the_file(probed: tuple[Inventory, Path, Sensitivit
     inventory, folder, _ = probed
     reader = gguf.GGUFReader(folder / "imatrix.gguf")
     assert reader.fields["general.type"].contents() == "imatrix"
-    assert reader.fields["imatrix.chunk_count"].contents() == QUICK.imatrix_chunks
-    assert reader.fields["imatrix.chunk_size"].contents() == QUICK.imatrix_ctx
+    assert reader.fields["imatrix.chunk_count"].contents() == SHORT.fitting_chunks
+    assert reader.fields["imatrix.chunk_size"].contents() == SHORT.n_ctx
     names = {t.name: t for t in reader.tensors}
     for tensor in inventory.quantizable:
         sums = names.get(f"{tensor.name}.in_sum2")
@@ -297,13 +337,18 @@ def test_zero_columns_and_unseen_experts_are_substituted_and_counted() -> None:
 
 def test_calibration_and_probe_text_share_no_chunk(llama_model: Path) -> None:
     with llama.LoadedModel(llama_model) as model:
-        fit, judge = calibration.split_for_calibration(
-            model, texts(), imatrix_chunks=10**6, imatrix_ctx=128, probe_chunks=9, probe_ctx=64
+        split = calibration.split_for_calibration(
+            model, texts(), fitting_chunks=10**6, probe_chunks=9, n_ctx=128, probe_ctx=64
         )
-    rows = {row.tobytes() for row in fit.tokens[:, :64]} | {
-        row.tobytes() for row in fit.tokens[:, 64:]
-    }
-    assert judge.n_chunks == 9 and not rows & {row.tobytes() for row in judge.tokens}
+    sets = [split.fitting, split.probe, split.check]
+    assert [s.n_chunks for s in sets][1:] == [9, 8]
+    # Any 32 tokens in a row at an even place tell where in the text they come from.
+    seen = [
+        {row[i : i + 32].tobytes() for row in s.tokens for i in range(0, s.n_ctx - 31, 32)}
+        for s in sets
+    ]
+    for a, b in itertools.combinations(seen, 2):
+        assert not a & b
 
 
 def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
@@ -313,13 +358,11 @@ def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
         calibration.read_text(path)
     path.write_text("Too short.")
     with llama.LoadedModel(llama_model) as model:
-        with pytest.raises(CalibrationError, match=r"0 tokens; at least 384 are needed"):
+        with pytest.raises(CalibrationError, match=r"0 tokens; at least 768 are needed"):
             calibration.split_for_calibration(
                 model,
                 [calibration.read_text(path)],
-                imatrix_chunks=4,
-                imatrix_ctx=128,
-                probe_chunks=4,
+                n_ctx=128,
                 probe_ctx=64,
             )
         with pytest.raises(CalibrationError, match=r"scoring 1000 needs"):
@@ -376,7 +419,7 @@ def test_our_plan_beats_the_stock_map_in_prediction(
         made = make(
             inventory, folder, state, max_size_bytes=plan.stock_size(inventory, types) + 400
         )
-        assert made.kld_nats <= plan.predicted_damage(state, types) * (1 + 1e-4)
+        assert made.kld_nats <= state.model.total(types).nats * (1 + 1e-4)
 
 
 def test_llama_quantize_makes_the_same_tensors_from_the_type_file(
@@ -486,8 +529,8 @@ def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: 
         tokens = calibration.verification_set(a, calibration.heldout_text(), 128, 500)
         with a.context(128, 1, 2) as p_context, b.context(128, 1, 2) as q_context:
             for chunk in tokens.tokens:
-                p = p_context.evaluate(chunk[None], tokens.scored).astype(np.float64)
-                q = q_context.evaluate(chunk[None], tokens.scored).astype(np.float64)
+                p = p_context.evaluate(chunk[None], tokens.positions[:1]).astype(np.float64)
+                q = q_context.evaluate(chunk[None], tokens.positions[:1]).astype(np.float64)
                 p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
                 q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
                 kld += (np.exp(p) * (p - q)).sum(axis=1).tolist()

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from apreqel.metrics import Comparison, compare, estimate, ratio_interval
+from apreqel.metrics import Comparison, Reference, compare, estimate, ratio_interval
 
 
 def logits(random: np.random.Generator, n: int, vocabulary: int, spread: float = 3) -> np.ndarray:
@@ -16,7 +16,7 @@ def logits(random: np.random.Generator, n: int, vocabulary: int, spread: float =
 
 def run(model: np.ndarray, reference: np.ndarray, following: np.ndarray) -> Comparison:
     with ThreadPoolExecutor(2) as pool:
-        return compare(model, reference, following.astype(np.int32), pool)
+        return compare(model, Reference.of(reference, pool), following.astype(np.int32), pool)
 
 
 @pytest.mark.parametrize("noise", [1e-3, 1e-2, 0.1, 1.0])
@@ -32,7 +32,18 @@ def test_equals_the_definition(noise: float) -> None:
     expected = (np.exp(p) * (p - q)).sum(axis=1)
     np.testing.assert_allclose(result.kld_nats, expected, rtol=2e-4, atol=4e-8)
     np.testing.assert_allclose(result.nll_nats, -q[np.arange(37), following], rtol=1e-6, atol=1e-5)
+    own = -p[np.arange(37), following]
+    np.testing.assert_allclose(result.nll_change_nats, result.nll_nats - own, atol=1e-5)
     assert (result.same_top1 == (p.argmax(axis=1) == q.argmax(axis=1))).all()
+
+
+def test_entropy_is_that_of_the_definition() -> None:
+    reference = logits(np.random.default_rng(6), 21, 3000)
+    p = np.exp(reference.astype(np.float64))
+    p /= p.sum(axis=1, keepdims=True)
+    with ThreadPoolExecutor(2) as pool:
+        found = Reference.of(reference, pool).entropies(pool)
+    np.testing.assert_allclose(found, -(p * np.log(p)).sum(axis=1), rtol=1e-4)
 
 
 def test_a_model_against_itself_is_zero() -> None:

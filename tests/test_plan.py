@@ -13,6 +13,7 @@ from test_profile import made_up, uniform
 
 from apreqel import compare, explain, front, llama, memory, options, plan, recipes, timing
 from apreqel.artifacts import Provenance
+from apreqel.damage import Place, Probe
 from apreqel.errors import InfeasiblePlanError, UsageError
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.knapsack import Limit, solve
@@ -20,6 +21,7 @@ from apreqel.kv_cache import KvSensitivity
 from apreqel.metrics import Estimate
 from apreqel.options import Constraints
 from apreqel.plan import PlanRequest
+from apreqel.probing import TensorErrors
 from apreqel.qtypes import lookup
 from apreqel.sensitivity import Sensitivity, TensorSensitivity
 
@@ -50,9 +52,10 @@ def measured(inventory: Inventory, seed: int = 0) -> Sensitivity:
         first = kinds[0]
         worth = float(random.lognormal(0, 1))
         tensors[tensor.name] = TensorSensitivity(
-            errors, {first: Estimate(worth * errors[first], 1e-9, 100)}
+            TensorErrors(errors, {}), {first: Probe([worth * errors[first]] * 9, [0.0] * 9)}
         )
-    return Sensitivity(Provenance("s" * 64), tensors, complete=True)
+    places = {t.name: Place(t.role, t.layer or 0) for t in inventory.quantizable}
+    return Sensitivity(Provenance("s" * 64), tensors, places, effort="normal")
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +246,7 @@ def test_an_explanation_holds_when_tried(inventory: Inventory) -> None:
     types = found.options.types_of(found.solution)
     assert chosen.type_name == types["blk.0.ffn_down.weight"]
     assert min(row.regret for row in rows) == 0
-    probed = [row.type_name for row in rows if row.probed]
+    probed = [row.type_name for row in rows if row.is_probed and row.type_name != "F16"]
     assert probed == ["Q3_K"]
     # Where a tensor is said to change at a lower price of bytes, more room makes it change.
     exchanges = explain.nearest_exchanges(found, 100)
@@ -268,7 +271,7 @@ def test_every_strategy_keeps_to_the_size(inventory: Inventory) -> None:
     assert set(made) == {
         "uniform", "stock", "error only", "layer score", "first order", "apreqel",
     }  # fmt: skip
-    damage = {label: options.predicted_damage(state, types) for label, types in made.items()}
+    damage = {label: state.model.raw_total(types) for label, types in made.items()}
     for label, types in made.items():
         assert inventory.output_size(types) <= budget * 1.001, label
         assert damage["apreqel"] <= damage[label] * (1 + 1e-6), label

@@ -265,8 +265,12 @@ def read_values(packed: npt.NDArray[np.uint8], qtype: QuantType, out: Floats) ->
 # --- loading and evaluating ----------------------------------------------------------------------
 
 # Called with the weight's name, its activations [tokens, row length] and, for a mixture of
-# experts, the chosen experts [tokens, experts used] (else None).
+# experts, the chosen experts [tokens, experts used] (else None). Also with the hidden states
+# [tokens, embedding length] that go into the first layer and come out of each: "l_out-0", ...
 Listener = Callable[[str, Floats, "Tokens | None"], None]
+
+# llama-graph.cpp names the embedding (scaled in Gemma) and what leaves each layer so.
+_HIDDEN_STATE = re.compile(rb"embd|l_out-\d+")
 
 
 class LoadedModel:
@@ -400,26 +404,31 @@ class Context:
             c.llama_free(self._context)
         self._context = None
 
-    def evaluate(self, tokens: Tokens, scored: slice) -> Floats:
-        """Logits [sequences x scored positions, vocabulary] of `tokens` [sequences, n_ctx].
+    def evaluate(self, tokens: Tokens, positions: Tokens) -> Floats:
+        """Logits [sequences x scored positions, vocabulary] of `tokens` [sequences, length].
 
-        A view into llama.cpp's own memory, valid until the next call. Sequences are independent.
-        Raises EngineError, or whatever the listener raised.
+        `positions` [sequences, scored positions] are those wanted, ascending. A view into
+        llama.cpp's own memory, valid until the next call. Sequences are independent. Raises
+        EngineError, or whatever the listener raised.
         """
         c, (n_sequences, length) = library(), tokens.shape
-        wanted = range(length)[scored]
+        wanted = np.zeros(tokens.shape, np.int8)
+        np.put_along_axis(wanted, positions, 1, axis=1)
         batch = self._batch
         batch.n_tokens = tokens.size
-        flat = np.ascontiguousarray(tokens, np.int32).reshape(-1)
-        ctypes.memmove(batch.token, flat.ctypes.data, flat.nbytes)
+        for target, values in (
+            (batch.token, np.ascontiguousarray(tokens, np.int32)),
+            (batch.pos, np.tile(np.arange(length, dtype=np.int32), n_sequences)),
+            (batch.n_seq_id, np.ones(tokens.size, np.int32)),
+            (batch.logits, wanted),
+        ):
+            ctypes.memmove(target, values.ctypes.data, values.nbytes)
         for i in range(tokens.size):
-            sequence, position = divmod(i, length)
-            batch.pos[i], batch.n_seq_id[i] = position, 1
-            batch.seq_id[i][0], batch.logits[i] = sequence, position in wanted
+            batch.seq_id[i][0] = i // length
         c.llama_memory_clear(c.llama_get_memory(self._context), True)
         self._decode()
         logits = c.llama_get_logits(self._context)
-        return np.ctypeslib.as_array(logits, shape=(n_sequences * len(wanted), self.model.n_vocab))
+        return np.ctypeslib.as_array(logits, shape=(positions.size, self.model.n_vocab))
 
     def _decode(self) -> None:
         with _interrupts_deferred() as self._interrupts:
@@ -491,6 +500,11 @@ class Context:
         try:
             node = _tensor_at(pointer)
             operation = _operation_name(node.op)
+            if _HIDDEN_STATE.fullmatch(node.name):
+                if not ask and self._listener is not None:
+                    values = _read_tensor(pointer, np.dtype(np.float32))
+                    self._listener(node.name.decode(), values, None)
+                return True
             if operation not in ("MUL_MAT", "MUL_MAT_ID"):
                 return not ask
             weight, activation = _tensor_at(node.src[0]), _tensor_at(node.src[1])

@@ -1,0 +1,266 @@
+"""Quantised files measured on a text, against the original, as llama.cpp runs them.
+
+Whole maps are tried here as real files, on a part of the calibration text that neither the imatrix
+nor the probes saw; what was measured once is kept and not measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from apreqel import artifacts, llama
+from apreqel.artifacts import Provenance
+from apreqel.calibration import TokenSet
+from apreqel.damage import Knot
+from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, VerificationError
+from apreqel.metrics import Comparison, Estimate, Reference, compare, estimate, ratio_interval
+from apreqel.probing import sequences_at_once
+from apreqel.quantize import quantize_model
+
+if TYPE_CHECKING:
+    from apreqel.imatrix import Imatrix
+    from apreqel.inventory import Inventory
+    from apreqel.sensitivity import Sensitivity
+
+Progress = Callable[[str, int, int], None]
+
+TRIALS_FILE = "trials.json"
+
+
+# --- files on a text -----------------------------------------------------------------------------
+
+
+@contextmanager
+def running(
+    path: Path, n_ctx: int, n_threads: int
+) -> Iterator[tuple[llama.LoadedModel, llama.Context]]:
+    """A file as users run it. Raises UnsupportedModelError where `n_ctx` is beyond its training."""
+    with llama.LoadedModel(path) as model:
+        if model.context_length and model.context_length < n_ctx:
+            raise UnsupportedModelError(
+                f"{path}: trained for {model.context_length} tokens of context, verification uses "
+                f"{n_ctx}; lower it with --ctx"
+            )
+        n = sequences_at_once(n_ctx, model.n_vocab, 2)
+        with model.context(n_ctx, n, n_threads) as context:
+            yield model, context
+
+
+def _batches(tokens: TokenSet, step: int) -> Iterator[tuple[slice, TokenSet]]:
+    first = 0
+    for start in range(0, tokens.n_chunks, step):
+        part = tokens.part(slice(start, start + step))
+        yield slice(first, first := first + part.n_scored), part
+
+
+class OnText:
+    """The original's logits at all scored positions of a text, and other files against them."""
+
+    def __init__(
+        self,
+        original: Path,
+        cut: Callable[[llama.LoadedModel], TokenSet],
+        n_ctx: int,
+        folder: Path,
+        n_threads: int,
+        on_progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        """`cut` makes the text's tokens with the model's tokenizer. Raises EngineError."""
+        self._n_ctx, self._n_threads = n_ctx, n_threads
+        self._stack = ExitStack()
+        with ExitStack() as stack:
+            folder.mkdir(parents=True, exist_ok=True)
+            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="text-", dir=folder))
+            self._pool = stack.enter_context(ThreadPoolExecutor(n_threads))
+            with running(original, n_ctx, n_threads) as (model, context):
+                tokens = self.tokens = cut(model)
+                shape = tokens.n_scored, model.n_vocab
+                artifacts.require_space(folder, 4 * shape[0] * shape[1], "the original's logits")
+                store = np.memmap(Path(scratch) / "reference.f32", np.float32, "w+", shape=shape)
+                for rows, part in _batches(tokens, context.n_sequences):
+                    on_progress("evaluating the original", rows.start, tokens.n_scored)
+                    store[rows] = context.evaluate(part.tokens, part.positions)
+                    if not np.isfinite(store[rows]).all():
+                        raise EngineError(f"{original}: gives NaN or Inf logits")
+            self._reference = Reference.of(store, self._pool)
+            self._stack = stack.pop_all()
+
+    def __enter__(self) -> OnText:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        del self._reference
+        self._stack.close()
+
+    def compare(self, path: Path) -> Comparison:
+        """Raises EngineError (NaN, or it does not load), VerificationError for another model."""
+        following, parts = self.tokens.next_tokens.reshape(-1), []
+        with running(path, self._n_ctx, self._n_threads) as (model, context):
+            n_vocab = self._reference.logits.shape[1]
+            if model.n_vocab != n_vocab:
+                raise VerificationError(
+                    f"{path}: has {model.n_vocab} tokens in its vocabulary, the original "
+                    f"{n_vocab}; it is another model"
+                )
+            for rows, part in _batches(self.tokens, context.n_sequences):
+                logits = context.evaluate(part.tokens, part.positions)
+                parts.append(
+                    compare(logits, self._reference.part(rows), following[rows], self._pool)
+                )
+        result = Comparison.joined(parts)
+        if not result.is_finite:
+            raise EngineError(f"{path}: gives NaN or Inf logits")
+        return result
+
+
+# --- trials of maps ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A map as a real file: mean KLD in nats by chunk of the check text, and its 99.9% quantile."""
+
+    label: str
+    types: Mapping[str, str]
+    size_bytes: int
+    kld_by_chunk: tuple[float, ...]
+    kld_p999: float
+
+    @property
+    def kld(self) -> Estimate:
+        return estimate(np.array(self.kld_by_chunk), len(self.kld_by_chunk))
+
+    def ratio(self, rival: Trial) -> tuple[float, float, float]:
+        """This file's KLD over the rival's, paired, with its 95% interval."""
+        ours, theirs = np.array(self.kld_by_chunk), np.array(rival.kld_by_chunk)
+        return ratio_interval(ours, theirs, len(ours))
+
+
+class Trials:
+    """Measures maps, each once. A context manager; the text is evaluated when first needed."""
+
+    def __init__(
+        self,
+        inventory: Inventory,
+        imatrix: Imatrix,
+        state: Sensitivity,
+        folder: Path,
+        n_threads: int,
+        on_progress: Progress = lambda what, done, total: None,
+    ) -> None:
+        """Raises ArtifactError where what was measured before cannot be read."""
+        self._inventory, self._imatrix, self._folder = inventory, imatrix, folder
+        self._n_threads, self._on_progress = n_threads, on_progress
+        tokens = np.array(state.check_tokens, np.int32)
+        self._tokens = TokenSet.scored_from(tokens.shape[1] // 2, "check", tokens, "")
+        self._provenance = _provenance(state)
+        self._known = read_trials(folder, state)
+        self._text: OnText | None = None
+
+    def __enter__(self) -> Trials:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._text is not None:
+            self._text.__exit__(kind, error, trace)
+        self._text = None
+
+    @property
+    def knots(self) -> list[Knot]:
+        return knots(self._known)
+
+    def measure(self, label: str, types: Mapping[str, str]) -> Trial:
+        """Write the file, compare it with the original, delete it. Raises EngineError."""
+        found = self._known.get(_key(types))
+        if found is not None:
+            return found
+        if self._text is None:
+            self._text = OnText(
+                self._inventory.files[0],
+                lambda _: self._tokens,
+                self._tokens.n_ctx,
+                self._folder,
+                self._n_threads,
+                self._on_progress,
+            )
+        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder) as place:
+            path = Path(place) / "trial.gguf"
+            self._on_progress(f"trying a real file: {label}", 0, 1)
+            quantize_model(
+                self._inventory,
+                types,
+                path,
+                imatrix=self._imatrix,
+                n_threads=self._n_threads,
+                allow_requantize=True,
+            )
+            result = self._text.compare(path)
+            chunks = result.kld_nats.reshape(self._text.tokens.n_chunks, -1).mean(axis=1)
+            trial = Trial(
+                label,
+                dict(types),
+                path.stat().st_size,
+                tuple(chunks.tolist()),
+                float(np.quantile(result.kld_nats, 0.999)),
+            )
+        self._known[_key(types)] = trial
+        artifacts.save(
+            self._folder / TRIALS_FILE,
+            "trials",
+            self._provenance,
+            {"trials": [asdict(trial) for trial in self._known.values()]},
+        )
+        return trial
+
+
+def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
+    """What was measured before in the same way. Raises ArtifactError."""
+    path = folder / TRIALS_FILE
+    if not path.exists():
+        return {}
+    provenance, data = artifacts.load(path, "trials", state.provenance.model_sha256)
+    if replace(provenance, apreqel_version="") != replace(_provenance(state), apreqel_version=""):
+        return {}  # on other text or with another imatrix: measured anew
+    try:
+        trials = [
+            Trial(**{**row, "kld_by_chunk": tuple(row["kld_by_chunk"])}) for row in data["trials"]
+        ]
+    except (KeyError, TypeError) as error:
+        raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
+    return {_key(trial.types): trial for trial in trials}
+
+
+def knots(trials: Mapping[str, Trial]) -> list[Knot]:
+    """What was measured of apreqel's own plans, for the damage model's totals."""
+    return [Knot(t.types, t.kld) for t in trials.values() if t.label == "plan"]
+
+
+def _provenance(state: Sensitivity) -> Provenance:
+    measured = state.provenance
+    settings = {**measured.settings, "imatrix_sha256": state.imatrix_sha256}
+    return Provenance(measured.model_sha256, measured.llama_build, settings=settings)
+
+
+def _key(types: Mapping[str, str]) -> str:
+    return hashlib.sha256(json.dumps(sorted(types.items())).encode()).hexdigest()

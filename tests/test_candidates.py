@@ -1,0 +1,142 @@
+"""Plans that real files confirm, through llama.cpp on a tiny model."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_measurements import MEASURE, SHA, load_imatrix, texts
+
+from apreqel import calibration, candidates, llama, plan, quantize, sensitivity, trial
+from apreqel.inventory import Inventory, read_inventory
+from apreqel.plan import Plan, PlanRequest
+from apreqel.sensitivity import Sensitivity
+from apreqel.trial import Trials
+
+Measured = tuple[Inventory, Path, Sensitivity]
+
+
+@pytest.fixture(scope="module")
+def measured(llama_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    inventory, folder = read_inventory(llama_model), tmp_path_factory.mktemp("candidates")
+    return inventory, folder, sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
+
+
+def trials_in(measured: Measured) -> Trials:
+    inventory, folder, state = measured
+    return Trials(inventory, load_imatrix(folder, inventory), state, folder, 2)
+
+
+def planner(measured: Measured, request: PlanRequest):  # type: ignore[no-untyped-def]
+    inventory, folder, state = measured
+    imatrix = load_imatrix(folder, inventory)
+    return lambda ease: plan.make_plan(inventory, state, imatrix, request, folder, ease=ease)
+
+
+def test_a_trial_is_what_llama_cpp_gives(measured: Measured, tmp_path: Path) -> None:
+    inventory, folder, state = measured
+    own = {t.name: t.qtype.name for t in inventory.tensors}
+    types = own | {t.name: "Q4_0" for t in inventory.quantizable}
+    with trials_in(measured) as trials:
+        found = trials.measure("uniform Q4_0", types)
+    path = tmp_path / "q.gguf"
+    quantize.quantize_model(inventory, types, path, imatrix=load_imatrix(folder, inventory))
+    tokens = np.array(state.check_tokens, np.int32)
+    scored = np.arange(64, 127, dtype=np.int32)[None]
+    klds = []
+    with (
+        llama.LoadedModel(inventory.files[0]) as a,
+        llama.LoadedModel(path) as b,
+        a.context(128, 1, 2) as p_context,
+        b.context(128, 1, 2) as q_context,
+    ):
+        for chunk in tokens:
+            p = p_context.evaluate(chunk[None], scored).astype(np.float64)
+            q = q_context.evaluate(chunk[None], scored).astype(np.float64)
+            p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
+            q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
+            klds.append(float((np.exp(p) * (p - q)).sum(axis=1).mean()))
+    assert found.kld_by_chunk == pytest.approx(klds, rel=2e-3)
+    assert not list(folder.glob("trial-*")) and not list(folder.glob("text-*"))
+    # Measured once: another one neither evaluates nor writes a model.
+    with trials_in(measured) as again:
+        assert again.measure("x", types) == found and again._text is None
+    other = replace(state, imatrix_sha256="1" * 64)
+    assert trial.read_trials(folder, state) and not trial.read_trials(folder, other)
+
+
+def test_text_for_trials_is_kept_apart(measured: Measured) -> None:
+    inventory, _, state = measured
+    with llama.LoadedModel(inventory.files[0]) as model:
+        split = MEASURE["settings"].split(model, texts())  # type: ignore[attr-defined]
+        heldout = calibration.verification_set(model, calibration.heldout_text(), 128, 500)
+    assert state.check_tokens == split.check.tokens.tolist()
+    checked = {bytes(np.array(row[:64], np.int32)) for row in state.check_tokens}
+    for tokens in (split.fitting.tokens, split.probe.tokens, heldout.tokens):
+        assert not checked & {row[:64].tobytes() for row in tokens}
+
+
+def test_a_plan_is_measured_beside_its_rivals(measured: Measured) -> None:
+    inventory, _, state = measured
+    request = PlanRequest("accuracy", target_bpw=5.5)
+    with trials_in(measured) as trials:
+        made = candidates.confirmed_plan(
+            planner(measured, request), request, inventory, state, trials
+        )
+    labels = [t.label for t in made.trials]
+    assert labels[0] == "plan" and labels[1].startswith("stock ")
+    assert labels[2].startswith("uniform ")
+    assert all(t.size_bytes <= made.size_bytes for t in made.trials[1:])
+    assert made.kld_interval[0] < made.trials[0].kld.mean < made.kld_interval[1]
+    best = min(made.trials, key=lambda t: t.kld.mean)
+    assert best.ratio == 1.0 and all(t.ratio <= 1 for t in made.trials)
+
+
+def test_a_bad_plan_gives_way_to_a_better_map(measured: Measured) -> None:
+    inventory, _, state = measured
+    request = PlanRequest("accuracy", target_bpw=6.0)
+    good = planner(measured, request)(1.0)
+    names = [t.name for t in inventory.quantizable]
+    worse = good.types | {n: ("Q8_0" if i % 2 else "Q2_K") for i, n in enumerate(names)}
+    bad = plan.plan_of_map(good, inventory, state, worse)
+    with trials_in(measured) as trials:
+        made = candidates.confirmed_plan(lambda _: bad, request, inventory, state, trials)
+    assert dict(made.types) != worse and made.size_bytes <= bad.size_bytes
+    assert "measured better than the planned map" in made.notes[-1]
+    assert min(t.kld.mean for t in made.trials) < made.trials[0].kld.mean
+    path = Path(made.workdir) / "better.gguf"
+    quantize.quantize_model(
+        inventory,
+        made.types,
+        path,
+        imatrix=load_imatrix(Path(made.workdir), inventory),
+        extra_metadata=made.extra_metadata(),
+    )
+    assert path.stat().st_size == made.size_bytes
+
+
+def test_limits_on_damage_are_held_as_measured(measured: Measured) -> None:
+    inventory, _, state = measured
+    stock = plan.stock_map(inventory, state, "Q4_K_M")
+    for request in (PlanRequest("memory"), PlanRequest("memory", max_kld_nats=0.004)):
+        with trials_in(measured) as trials:
+            floor = request.max_kld_nats or trials.measure("stock Q4_K_M", stock).kld.mean
+            made: Plan = candidates.confirmed_plan(
+                planner(measured, request), request, inventory, state, trials
+            )
+        ours = made.trials[0].kld.mean
+        assert ours <= floor or any("beyond the limit" in note for note in made.notes)
+        assert ours > 0.6 * floor  # what is allowed is used
+
+
+def test_ladder_tells_how_damages_add_up(measured: Measured) -> None:
+    inventory, folder, state = measured
+    (folder / "trials.json").unlink(missing_ok=True)
+    with trials_in(measured) as trials:
+        candidates.try_ladder(inventory, state, [], trials, 3)
+        assert len(trials.knots) == len(state.knots) == 3
+        for knot in state.knots:
+            total = state.model.total(knot.types)
+            assert total.interval[0] < knot.kld.mean < total.interval[1]
