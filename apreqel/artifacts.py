@@ -30,6 +30,7 @@ SCHEMA_VERSIONS = {
     "verification": 1,
     "model-hash": 1,
     "kv-cache": 1,
+    "experts": 1,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22

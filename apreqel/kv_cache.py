@@ -23,7 +23,7 @@ from apreqel.probing import sequences_at_once
 from apreqel.qtypes import lookup
 
 if TYPE_CHECKING:
-    from apreqel.calibration import Text
+    from apreqel.calibration import Text, TokenSet
     from apreqel.inventory import Inventory
 
 KV_FILE = "kv-cache.json"
@@ -32,7 +32,7 @@ KV_FILE = "kv-cache.json"
 KV_TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 USUAL = "F16"
 
-_CHUNKS, _CTX = 4, 512
+PROBE_CHUNKS, PROBE_CTX = 4, 512
 _IMATRIX_CHUNKS = 48  # left out of the probe text, as in `sensitivity`
 
 
@@ -76,15 +76,8 @@ def measure_kv(
         llama.LoadedModel(inventory.files[0]) as model,
         ThreadPoolExecutor(n_threads) as pool,
     ):
-        n_ctx = min(_CTX, model.context_length or _CTX)
-        _, tokens = calibration.split_for_calibration(
-            model,
-            texts,
-            imatrix_chunks=_IMATRIX_CHUNKS,
-            imatrix_ctx=n_ctx,
-            probe_chunks=_CHUNKS,
-            probe_ctx=n_ctx,
-        )
+        tokens = probe_tokens(model, texts)
+        n_ctx = tokens.n_ctx
         n = sequences_at_once(n_ctx, model.n_vocab, 1)
         per_chunk = tokens.n_scored // tokens.n_chunks
         following = tokens.next_tokens.reshape(-1)
@@ -119,3 +112,17 @@ def measure_kv(
         settings={"n_ctx": n_ctx, "texts": {t.name: t.sha256 for t in texts}},
     )
     return KvSensitivity(provenance, probes["k"], probes["v"], excluded)
+
+
+def probe_tokens(model: llama.LoadedModel, texts: Sequence[Text]) -> TokenSet:
+    """Calibration text in long chunks, none of it the imatrix's. Raises CalibrationError."""
+    n_ctx = min(PROBE_CTX, model.context_length or PROBE_CTX)
+    _, tokens = calibration.split_for_calibration(
+        model,
+        texts,
+        imatrix_chunks=_IMATRIX_CHUNKS,
+        imatrix_ctx=n_ctx,
+        probe_chunks=PROBE_CHUNKS,
+        probe_ctx=n_ctx,
+    )
+    return tokens

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apreqel.errors import UsageError, printable
+from apreqel.experts import ExpertUse, with_experts
 from apreqel.knapsack import Limit, Solution
 from apreqel.kv_cache import USUAL, KvSensitivity
 from apreqel.qtypes import lookup
@@ -130,6 +131,7 @@ class Options:
     damages: Sequence[Doubles]
     timings: Timings | None
     fixed_bytes: int  # header and tensors that stay as they are
+    fixed_damage: float = 0.0  # nats of what is decided before: the active experts
 
     def types_of(self, solution: Solution) -> dict[str, str]:
         chosen = zip(self.names, self.types, solution.choice, strict=True)
@@ -155,7 +157,13 @@ class Options:
         )
 
     def damage_limit(self, nats: float, name: str = "--max-kld") -> Limit:
-        return Limit(name, self.damages, nats, "{:.5f} nats".format, (1e-3, "0.001 nats more"))
+        return Limit(
+            name,
+            self.damages,
+            nats - self.fixed_damage,
+            lambda damage: f"{damage + self.fixed_damage:.5f} nats",
+            (1e-3, "0.001 nats more"),
+        )
 
     def change_limit(self, types: Mapping[str, str], count: int) -> Limit:
         """At most `count` tensors in another type than in `types`."""
@@ -185,12 +193,15 @@ def build_options(
     profile: DeviceProfile | None = None,
     n_context: int = 0,
     constraints: Constraints | None = None,
+    experts: ExpertUse | None = None,
 ) -> Options:
     """All types that a tensor can hold and that were measured, and its own type.
 
     With a profile, of these the ones that were timed; decode is reckoned with `n_context` tokens
-    in the cache. Raises CalibrationError where the probes are not complete.
+    in the cache, both speeds with the active experts of `experts`. Raises CalibrationError where
+    the probes are not complete.
     """
+    inventory = with_experts(inventory, experts)
     require_probed(sensitivity, inventory)
     constraints = constraints or Constraints()
     constraints.check(inventory)
@@ -226,7 +237,8 @@ def build_options(
     timings = None
     if profile is not None:
         timings = option_timings(inventory, kinds, sizes, profile, n_context)
-    return Options(names, kinds, sizes, damages, timings, fixed)
+    lost = experts.damage_nats if experts else 0.0
+    return Options(names, kinds, sizes, damages, timings, fixed, lost)
 
 
 def with_caches(options: Options, kv: KvSensitivity, k_bytes: float, v_bytes: float) -> Options:

@@ -21,6 +21,7 @@ ORDER = [
     ["timing", "memory", "recipes"],
     ["probing"],
     ["sensitivity", "kv_cache"],
+    ["experts"],
     ["options"],
     ["plan", "verify"],
     ["front", "explain", "compare"],
