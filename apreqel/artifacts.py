@@ -31,6 +31,7 @@ SCHEMA_VERSIONS = {
     "model-hash": 1,
     "kv-cache": 1,
     "trials": 1,
+    "experts": 1,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22

@@ -55,7 +55,7 @@ def confirmed_plan(
 
     Raises what `make` raises, EngineError, OutputError.
     """
-    target = _target(request, inventory, sensitivity, trials)
+    target = _target(make, request, inventory, sensitivity, trials)
     if target is None:
         made, trial = _tried(make, 1.0, trials)
     else:
@@ -82,8 +82,8 @@ def confirmed_plan(
     predicted = sensitivity.model.total(chosen.types)
     return replace(
         made,
-        kld_nats=predicted.nats,
-        kld_interval=predicted.interval,
+        kld_nats=predicted.nats + made.beside_nats,
+        kld_interval=tuple(bound + made.beside_nats for bound in predicted.interval),
         notes=notes,
         trials=[_result(t, chosen) for t in (trial, *rivals)],
     )
@@ -146,11 +146,15 @@ def _next_ease(found: Sequence[tuple[float, float]]) -> float:
 
 
 def _target(
-    request: PlanRequest, inventory: Inventory, sensitivity: Sensitivity, trials: Trials
+    make: Callable[[float], Plan],
+    request: PlanRequest,
+    inventory: Inventory,
+    sensitivity: Sensitivity,
+    trials: Trials,
 ) -> float | None:
-    """The damage that must not be passed, as real files measure it; None where bytes decide."""
+    """The weights' damage that must not be passed, as real files measure it; None for no limit."""
     if request.max_kld_nats is not None:
-        return request.max_kld_nats
+        return request.max_kld_nats - make(1.0).beside_nats
     if request.prefer in ("memory", "latency") and not request.weights:
         types = stock_map(inventory, sensitivity, DEFAULT_PRESET)
         return trials.measure(f"stock {DEFAULT_PRESET}", types).kld.mean

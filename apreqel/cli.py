@@ -87,6 +87,9 @@ ExcludeTypes = Annotated[str | None, typer.Option(help="Leave these types out: Q
 MaxTypeChanges = Annotated[
     int | None, typer.Option(min=0, help="Most tensors in another type than in stock Q4_K_M.")
 ]
+Experts = Annotated[
+    int | None, typer.Option(help="Active experts a token instead of the model's own count.")
+]
 Device = Annotated[
     str | None, typer.Option(help="Plan for another device: a name of 'profile list', or a file.")
 ]
@@ -236,6 +239,7 @@ def plan(
     only_types: OnlyTypes = None,
     exclude_types: ExcludeTypes = None,
     max_type_changes: MaxTypeChanges = None,
+    experts: Experts = None,
     like: Annotated[Path | None, typer.Option(help="Copy the types of this GGUF.")] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Types from a --tensor-type-file, --custom-q or recipe.")
@@ -426,6 +430,7 @@ def auto(
     only_types: OnlyTypes = None,
     exclude_types: ExcludeTypes = None,
     max_type_changes: MaxTypeChanges = None,
+    experts: Experts = None,
     device: Device = None,
     effort: EffortName = "normal",
     minutes: Minutes = None,
@@ -515,11 +520,14 @@ def _verify_text(path: Path | None) -> Text:
 def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
     """The options of `plan` and `auto`, by their names there. Raises UsageError."""
     from apreqel import plan as planning
+    from apreqel.experts import require_count
     from apreqel.options import parse_constraints
 
     prefer, limit, ram = wishes["prefer"], wishes["max_size"], wishes["max_ram"]
     if prefer not in planning.PRIORITIES:
         raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(planning.PRIORITIES)}")
+    if wishes["experts"] is not None:
+        require_count(space.inventory, wishes["experts"])
     constraints = parse_constraints(
         wishes["pin"] or [], wishes["only_types"], wishes["exclude_types"]
     )
@@ -546,6 +554,7 @@ def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
         workload=planning.parse_workload(wishes["workload"]),
         weights=planning.parse_weights(wishes["weights"]) if wishes["weights"] else {},
         max_type_changes=wishes["max_type_changes"],
+        experts_used=wishes["experts"],
         constraints=replace(constraints, pins=[*copied, *constraints.pins]),
     )
 

@@ -132,6 +132,7 @@ def inventory_json(inventory: Inventory) -> dict[str, Any]:
         "vocabulary_size": inventory.vocabulary_size,
         "context_length": inventory.context_length,
         "n_experts": inventory.n_experts,
+        "n_experts_used": inventory.n_experts_used,
         "tied_embeddings": inventory.tied_embeddings,
         "quantized_source": inventory.is_quantized_source,
         "bytes_by_type": bytes_by_type(inventory),
@@ -170,6 +171,8 @@ def show_inventory(inventory: Inventory) -> None:
 
     tied = "tied: the output head is the token embedding" if inventory.tied_embeddings else "untied"
     experts = f", {inventory.n_experts} experts" if inventory.n_experts else ""
+    if inventory.n_experts_used:
+        experts += f" ({inventory.n_experts_used} active a token)"
     _print(
         f"{inventory.name}: {inventory.architecture}, {inventory.n_layers} layers{experts}, "
         f"{inventory.n_weights / 1e6:.1f} M weights, {size(inventory.size_bytes)}, "
@@ -401,6 +404,7 @@ def show_plan(plan: Plan, path: Path) -> None:
         f"{plan.kld_interval[1]:.5f})\n"
         f"solved in {plan.solver_seconds:.2f} s, proven within {plan.gap:.1e} of the optimum"
     )
+    _show_experts(plan)
     if plan.speed:
         _print(
             f"predicted on {plan.device}: decode {_range(plan.speed.decode)}, prefill "
@@ -439,6 +443,25 @@ def _show_trials(plan: Plan) -> None:
             f"{trial.ratio:.3f} ({low:.3f} to {high:.3f})",
         )
     _print(table)
+
+
+def _show_experts(plan: Plan) -> None:
+    """What the active experts cost and give, where they are not the model's own count."""
+    if plan.experts is None:
+        return
+    use, speeds = plan.experts, ""
+    low, high = use.kld.interval
+    if plan.speed and plan.speed_with_own_experts:
+        own = plan.speed_with_own_experts
+        speeds = (
+            f"; predicted decode {plan.speed.decode.value:.1f} against {own.decode.value:.1f}, "
+            f"prefill {plan.speed.prefill.value:.0f} against {own.prefill.value:.0f} tokens/s"
+        )
+    _print(
+        f"experts: {use.used} of {use.n_experts} active a token (the model's own count: "
+        f"{use.own}), {use.damage_nats:.5f} nats of the predicted KL divergence (95% interval "
+        f"{low:.5f} to {high:.5f}){speeds}; the file carries the count"
+    )
 
 
 def show_front(front: Front) -> None:
@@ -615,6 +638,7 @@ def _measured_cells(row: Measured, is_original: bool) -> Sequence[str]:
 def show_everything(result: Everything) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in result.plan.counts.items())
     _print(f"plan ({result.plan.prefer}): {kinds}")
+    _show_experts(result.plan)
     for note in result.plan.notes:
         _print(f"note: {note}")
     show_verification(result.report)

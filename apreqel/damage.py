@@ -315,7 +315,7 @@ class DamageModel:
     def nats(self, raw: float) -> float:
         """What a sum of damages measures as a real file."""
         if raw <= 0:
-            return 0.0
+            return raw
         x, y = self._scale
         return raw * math.exp(float(np.interp(math.log(raw), x, y)))
 

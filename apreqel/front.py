@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apreqel.errors import InfeasiblePlanError
+from apreqel.experts import ExpertUse, with_experts
 from apreqel.knapsack import solve
 from apreqel.options import Options, build_options
 from apreqel.plan import NEAR_LOSSLESS, PlanRequest, hard_limits, stock_map, stock_size
@@ -57,17 +58,21 @@ def pareto_front(
     records: Sequence[bytes],
     profile: DeviceProfile | None,
     n_points: int = 20,
+    experts: ExpertUse | None = None,
 ) -> Front:
     """The front within the request's limits (its priority does not matter here).
 
     Raises InfeasiblePlanError where nothing meets the limits.
     """
     depth = request.workload[0] + request.workload[1] // 2
-    options = build_options(inventory, sensitivity, records, profile, depth, request.constraints)
+    options = build_options(
+        inventory, sensitivity, records, profile, depth, request.constraints, experts
+    )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
     stock = [_stock_point(name, inventory, sensitivity, profile, depth) for name in _STOCK_SHOWN]
     usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
+    lost = options.fixed_damage
     found: list[tuple[str, Solution]] = []
     n_sizes = n_points if options.timings is None else -(-n_points // 2)
     for size in sizes_of(options, limits, _WORST_TIMES_STOCK * usual, n_sizes):
@@ -83,9 +88,9 @@ def pareto_front(
         own = {t.name: t.qtype.name for t in inventory.tensors}
         types = own | options.types_of(solution)
         damage = sum(float(row[c]) for row, c in zip(options.damages, solution.choice, strict=True))
-        speed = profile.predict(inventory, types, depth) if profile else None
+        speed = profile.predict(with_experts(inventory, experts), types, depth) if profile else None
         size = inventory.output_size(types, records)
-        points.append(FrontPoint(label, size, options.model.nats(damage), speed, types))
+        points.append(FrontPoint(label, size, options.model.nats(damage) + lost, speed, types))
     return Front(sorted(_not_beaten(points), key=lambda p: (p.size_bytes, p.kld_nats)), stock)
 
 
@@ -96,11 +101,14 @@ def ladder_sizes(
     records: Sequence[bytes],
     profile: DeviceProfile | None,
     count: int,
+    experts: ExpertUse | None = None,
 ) -> list[float]:
     """File sizes of a ladder within the request's limits. Raises InfeasiblePlanError."""
     timed = profile if request.needs_profile else None
     depth = request.workload[0] + request.workload[1] // 2
-    options = build_options(inventory, sensitivity, records, timed, depth, request.constraints)
+    options = build_options(
+        inventory, sensitivity, records, timed, depth, request.constraints, experts
+    )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, timed, request.n_ctx or 4096)
     usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))

@@ -111,6 +111,7 @@ class Inventory:
     files: tuple[Path, ...]
     headers: tuple[GgufHeader, ...]
     tensors: tuple[Tensor, ...]
+    experts_used: int | None = None  # active experts instead of the file's own count
 
     # -- what it is --
 
@@ -147,7 +148,12 @@ class Inventory:
 
     @property
     def n_experts_used(self) -> int:
-        return self._hyperparameter("expert_used_count")
+        """Experts that each token uses; 0 for a dense model."""
+        return self.experts_used or self._hyperparameter("expert_used_count")
+
+    @property
+    def experts_used_key(self) -> str:
+        return f"{self.architecture}.expert_used_count"
 
     @property
     def head_counts(self) -> tuple[int, int]:
@@ -167,11 +173,14 @@ class Inventory:
 
     @cached_property
     def shape_digest(self) -> str:
-        """16 hex digits over architecture, heads, vocabulary and tensor shapes."""
+        """16 hex digits over architecture, heads, vocabulary and tensor shapes.
+
+        With the file's own count of active experts: another one leaves the rest as it is.
+        """
         facts = [
             self.architecture,
             self.n_layers,
-            self.n_experts_used,
+            self._hyperparameter("expert_used_count"),
             self.vocabulary_size,
             self.head_counts,
             sorted((t.role, t.shape) for t in self.tensors),

@@ -23,7 +23,7 @@ from apreqel.probing import sequences_at_once
 from apreqel.qtypes import lookup
 
 if TYPE_CHECKING:
-    from apreqel.calibration import Text
+    from apreqel.calibration import Text, TokenSet
     from apreqel.inventory import Inventory
 
 KV_FILE = "kv-cache.json"
@@ -32,7 +32,7 @@ KV_FILE = "kv-cache.json"
 KV_TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
 USUAL = "F16"
 
-_CHUNKS, _CTX = 4, 512
+PROBE_CHUNKS, PROBE_CTX = 4, 512
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,8 @@ def measure_kv(
         llama.LoadedModel(inventory.files[0]) as model,
         ThreadPoolExecutor(n_threads) as pool,
     ):
-        n_ctx = min(_CTX, model.context_length or _CTX)
-        tokens = calibration.split_for_calibration(
-            model, texts, check_chunks=_CHUNKS, n_ctx=n_ctx
-        ).check
+        tokens = probe_tokens(model, texts)
+        n_ctx = tokens.n_ctx
         n = sequences_at_once(n_ctx, model.n_vocab, 1)
         per_chunk = tokens.n_scored // tokens.n_chunks
         following = tokens.next_tokens.reshape(-1)
@@ -114,3 +112,10 @@ def measure_kv(
         settings={"n_ctx": n_ctx, "texts": {t.name: t.sha256 for t in texts}},
     )
     return KvSensitivity(provenance, probes["k"], probes["v"], excluded)
+
+
+def probe_tokens(model: llama.LoadedModel, texts: Sequence[Text]) -> TokenSet:
+    """Calibration text in long chunks, none of it the imatrix's. Raises CalibrationError."""
+    return calibration.split_for_calibration(
+        model, texts, check_chunks=PROBE_CHUNKS, n_ctx=PROBE_CTX
+    ).check

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from apreqel.errors import UsageError, printable
+from apreqel.experts import ExpertUse, with_experts
 from apreqel.knapsack import Limit, Solution
 from apreqel.kv_cache import USUAL, KvSensitivity
 from apreqel.qtypes import lookup
@@ -132,6 +133,7 @@ class Options:
     timings: Timings | None
     fixed_bytes: int  # header and tensors that stay as they are
     model: DamageModel  # what a sum of damages measures as a real file
+    fixed_damage: float = 0.0  # nats beside the weights and caches: the active experts'
 
     def types_of(self, solution: Solution) -> dict[str, str]:
         chosen = zip(self.names, self.types, solution.choice, strict=True)
@@ -158,13 +160,18 @@ class Options:
 
     def damage_limit(self, nats: float, name: str = "--max-kld") -> Limit:
         """`nats` as a real file measures them."""
-        return self.raw_damage_limit(self.model.raw(nats), name)
+        return self.raw_damage_limit(self.raw_damage(nats), name)
+
+    def raw_damage(self, nats: float) -> float:
+        """The sum of tensors' damages at which a whole run measures as `nats`."""
+        left = nats - self.fixed_damage
+        return self.model.raw(left) if left > 0 else left
 
     def raw_damage_limit(self, raw: float, name: str) -> Limit:
         """`raw` as a sum of the tensors' damages."""
 
         def show(total: float) -> str:
-            return f"{self.model.nats(total):.5f} nats"
+            return f"{self.model.nats(total) + self.fixed_damage:.5f} nats"
 
         return Limit(name, self.damages, raw, show, (1e-3, "0.001 nats more"))
 
@@ -196,12 +203,15 @@ def build_options(
     profile: DeviceProfile | None = None,
     n_context: int = 0,
     constraints: Constraints | None = None,
+    experts: ExpertUse | None = None,
 ) -> Options:
     """All types that a tensor can hold and that were measured, and its own type.
 
     With a profile, of these the ones that were timed; decode is reckoned with `n_context` tokens
-    in the cache. Raises CalibrationError where the probes are not complete.
+    in the cache, both speeds with the active experts of `experts`. Raises CalibrationError where
+    the probes are not complete.
     """
+    inventory = with_experts(inventory, experts)
     require_probed(sensitivity)
     constraints = constraints or Constraints()
     constraints.check(inventory)
@@ -240,7 +250,8 @@ def build_options(
     timings = None
     if profile is not None:
         timings = option_timings(inventory, kinds, sizes, profile, n_context)
-    return Options(names, kinds, sizes, damages, timings, fixed, sensitivity.model)
+    lost = experts.damage_nats if experts else 0.0
+    return Options(names, kinds, sizes, damages, timings, fixed, sensitivity.model, lost)
 
 
 def with_caches(options: Options, kv: KvSensitivity, k_bytes: float, v_bytes: float) -> Options:

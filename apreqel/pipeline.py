@@ -27,6 +27,7 @@ from apreqel.calibration import Text
 from apreqel.damage import METRICS
 from apreqel.device import default_threads, detect
 from apreqel.errors import ApreqelError, ArtifactError, ModelFileError, OutputError, UsageError
+from apreqel.experts import ExpertUse, measure_experts
 from apreqel.front import Front
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
@@ -301,6 +302,21 @@ def kv_sensitivity(space: Workspace) -> KvSensitivity:
     return measured
 
 
+def expert_use(space: Workspace, request: PlanRequest) -> ExpertUse | None:
+    """What the wanted number of active experts costs; None where the model's own is wanted."""
+    if request.experts_used is None:
+        return None
+    return measure_experts(
+        space.inventory,
+        space.sha256,
+        space.folder,
+        request.experts_used,
+        texts=calibration.bundled_texts(),
+        n_threads=space.n_threads,
+        on_progress=space.on_progress,
+    )
+
+
 def profile_for(space: Workspace, request: PlanRequest, device: str | None) -> DeviceProfile | None:
     """The profile to plan with: a named device's, this one's, or none where none is needed."""
     if device is not None:
@@ -325,10 +341,11 @@ def plan(
     With `check` it is measured as a real file beside its rivals, and the best is kept.
     """
     kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
+    experts = expert_use(space, request)
     if request.longest_context:
         records = planning.encode_metadata(planning.output_metadata(imatrix))
         request = planning.with_longest_context(
-            space.inventory, state, request, device_profile, kv, records
+            space.inventory, state, request, device_profile, kv, records, experts
         )
 
     def make(ease: float = 1.0) -> Plan:
@@ -341,6 +358,7 @@ def plan(
             profile=device_profile,
             kv=kv,
             ease=ease,
+            experts=experts,
         )
 
     if check:
@@ -366,7 +384,10 @@ def front(
 ) -> Front:
     """What can be had of size, closeness and speed."""
     records = planning.encode_metadata(planning.output_metadata(imatrix))
-    return fronts.pareto_front(space.inventory, state, request, records, device_profile)
+    experts = expert_use(space, request)
+    return fronts.pareto_front(
+        space.inventory, state, request, records, device_profile, experts=experts
+    )
 
 
 def ladder(
@@ -380,7 +401,9 @@ def ladder(
 ) -> list[tuple[Plan, Path]]:
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
     records = planning.encode_metadata(planning.output_metadata(imatrix))
-    sizes = fronts.ladder_sizes(space.inventory, state, request, records, device_profile, count)
+    sizes = fronts.ladder_sizes(
+        space.inventory, state, request, records, device_profile, count, expert_use(space, request)
+    )
     made = []
     for i, size in enumerate(sizes, 1):
         space.on_progress("planning", i - 1, count)
@@ -401,7 +424,7 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
     kv_path = folder / kv_cache.KV_FILE
     kv = KvSensitivity.load(kv_path, made.provenance.model_sha256) if kv_path.exists() else None
     solved = planning.solve_request(
-        inventory, state, request, planning.encode_metadata(made.metadata), timed, kv
+        inventory, state, request, planning.encode_metadata(made.metadata), timed, kv, made.experts
     )
     return solved, state, made, inventory
 

@@ -25,6 +25,7 @@ from apreqel import __version__, artifacts, llama
 from apreqel.artifacts import Provenance
 from apreqel.device import detect
 from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
+from apreqel.experts import ExpertUse, with_experts
 from apreqel.gguf_header import encode_kv
 from apreqel.knapsack import Limit, Solution, solve
 from apreqel.kv_cache import USUAL, KvSensitivity
@@ -87,6 +88,7 @@ class PlanRequest:
     workload: tuple[int, int] = (512, 128)  # tokens of a prompt and of its answer
     weights: Mapping[str, float] = field(default_factory=dict)  # of memory, latency, accuracy
     max_type_changes: int | None = None  # against stock Q4_K_M
+    experts_used: int | None = None  # a token, instead of the model's own count
     constraints: Constraints = field(default_factory=Constraints)
 
     @property
@@ -143,6 +145,7 @@ class Plan:
     bits_per_weight: float
     kld_nats: float  # of a real file, the KV cache's part included
     kld_interval: tuple[float, ...]  # 95%
+    beside_nats: float  # its part that is not the weights': the KV cache's and the experts'
     gap: float
     solver_seconds: float
     imatrix_sha256: str
@@ -155,6 +158,8 @@ class Plan:
     memory: MemoryUse | None = None
     cache_types: Sequence[str] = (USUAL, USUAL)  # of K and V
     n_threads: int | None = None
+    experts: ExpertUse | None = None  # where they are not the model's own count
+    speed_with_own_experts: Speed | None = None
     notes: Sequence[str] = field(default_factory=tuple)
     trials: Sequence[TrialResult] = ()  # this plan and its rivals as real files
 
@@ -187,8 +192,11 @@ class Plan:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "plan", model_sha256)
         try:
-            if data["speed"]:
-                data["speed"] = Speed(**{k: Range(**v) for k, v in data["speed"].items()})
+            for name in ("speed", "speed_with_own_experts"):
+                if data.get(name):
+                    data[name] = Speed(**{k: Range(**v) for k, v in data[name].items()})
+            if data.get("experts"):
+                data["experts"] = ExpertUse.from_json(data["experts"])
             if data["memory"]:
                 data["memory"] = MemoryUse(**data["memory"])
             data["binding"] = [Binding(**row) for row in data["binding"]]
@@ -219,9 +227,12 @@ def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
     ]
 
 
-def map_digest(types: Mapping[str, str], imatrix_sha256: str) -> str:
-    """SHA-256 over what determines the tensor data of the quantised file."""
-    text = json.dumps([sorted(types.items()), imatrix_sha256])
+def map_digest(
+    types: Mapping[str, str], imatrix_sha256: str, experts_used: int | None = None
+) -> str:
+    """SHA-256 over what determines the tensor data of the quantised file, and how it runs."""
+    rest = [] if experts_used is None else [experts_used]
+    text = json.dumps([sorted(types.items()), imatrix_sha256, *rest])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -258,12 +269,14 @@ def solve_request(
     records: Sequence[bytes],
     profile: DeviceProfile | None,
     kv: KvSensitivity | None = None,
+    experts: ExpertUse | None = None,
     ease: float = 1.0,
 ) -> Solved:
     """With `kv` and a limit on memory the KV cache's types are chosen together with the weights'.
 
     `ease` is what a limit on damage is multiplied by, for plans that were measured and could come
-    closer to it, or went beyond it.
+    closer to it, or went beyond it. With `experts` their damage counts, in the quality of stock
+    Q4_K_M too, and their speed.
 
     Raises UsageError, InfeasiblePlanError, CalibrationError.
     """
@@ -278,7 +291,9 @@ def solve_request(
     n_prompt, n_generated = request.workload
     depth = n_prompt + n_generated // 2
     timed = profile if request.needs_profile else None
-    options = build_options(inventory, sensitivity, records, timed, depth, request.constraints)
+    options = build_options(
+        inventory, sensitivity, records, timed, depth, request.constraints, experts
+    )
     if kv is not None and request.max_ram_bytes is not None:
         options = with_caches(options, kv, *cache_bytes(inventory, n_ctx))
     stock = stock_map(inventory, sensitivity, DEFAULT_PRESET)
@@ -292,7 +307,7 @@ def solve_request(
         solution = solve(costs, limits)
     elif request.prefer == "balanced":
         asked_raw = (
-            None if request.max_kld_nats is None else options.model.raw(request.max_kld_nats)
+            None if request.max_kld_nats is None else options.raw_damage(request.max_kld_nats)
         )
         worst = usual if asked_raw is None else ease * asked_raw
         costs, unit = options.damages, "nats"
@@ -316,6 +331,7 @@ def with_longest_context(
     profile: DeviceProfile | None,
     kv: KvSensitivity | None,
     records: Sequence[bytes],
+    experts: ExpertUse | None = None,
 ) -> PlanRequest:
     """The request with the longest context at which its limits and its quality can be met.
 
@@ -327,12 +343,13 @@ def with_longest_context(
     floor = request.max_kld_nats
     if floor is None:
         floor = sensitivity.model.total(stock_map(inventory, sensitivity, DEFAULT_PRESET)).nats
+        floor += experts.damage_nats if experts else 0.0
     wanted = replace(request, max_kld_nats=floor, longest_context=False)
 
     def attempt(n_ctx: int) -> bool:
         step = replace(wanted, n_ctx=n_ctx, prefer="memory", weights={})
         try:
-            solve_request(inventory, sensitivity, step, records, profile, kv)
+            solve_request(inventory, sensitivity, step, records, profile, kv, experts)
         except InfeasiblePlanError:
             return False
         return True
@@ -347,9 +364,8 @@ def with_longest_context(
         else:
             high = middle - 1
     if low == 0:
-        solve_request(
-            inventory, sensitivity, replace(wanted, n_ctx=_CONTEXT_STEP), records, profile, kv
-        )
+        step = replace(wanted, n_ctx=_CONTEXT_STEP)
+        solve_request(inventory, sensitivity, step, records, profile, kv, experts)
     return replace(wanted, n_ctx=min(trained, max(1, low) * _CONTEXT_STEP))
 
 
@@ -363,22 +379,33 @@ def make_plan(
     profile: DeviceProfile | None = None,
     kv: KvSensitivity | None = None,
     ease: float = 1.0,
+    experts: ExpertUse | None = None,
 ) -> Plan:
     """Solve for `request`. Raises UsageError, InfeasiblePlanError, CalibrationError."""
     metadata = output_metadata(imatrix)
+    if experts is not None:
+        metadata[inventory.experts_used_key] = experts.used  # in place of the source's own
     records = encode_metadata(metadata)
-    solved = solve_request(inventory, sensitivity, request, records, profile, kv, ease)
+    solved = solve_request(inventory, sensitivity, request, records, profile, kv, experts, ease)
     options, solution = solved.options, solved.solution
     picked_types = options.types_of(solution)
     cache_types = [picked_types.pop(name, USUAL) for name in CACHES]
     chosen = {t.name: t.qtype.name for t in inventory.tensors} | picked_types
-    metadata["apreqel.plan"] = map_digest(chosen, sensitivity.imatrix_sha256)
+    metadata["apreqel.plan"] = map_digest(
+        chosen, sensitivity.imatrix_sha256, experts.used if experts else None
+    )
     caches = range(len(inventory.quantizable), len(options.names))
-    cache_damage = sum(float(options.damages[i][solution.choice[i]]) for i in caches)
+    beside = options.fixed_damage + sum(
+        float(options.damages[i][solution.choice[i]]) for i in caches
+    )
     predicted = sensitivity.model.total(chosen)
     tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
     size_bytes = inventory.output_size(chosen, encode_metadata(metadata))
     known = profile is not None and profile.covers(inventory)
+    speed = own_speed = None
+    if profile is not None:
+        speed = profile.predict(with_experts(inventory, experts), chosen, solved.depth)
+        own_speed = profile.predict(inventory, chosen, solved.depth) if experts else None
     return Plan(
         provenance=Provenance(
             sensitivity.provenance.model_sha256,
@@ -392,8 +419,9 @@ def make_plan(
         binding=list(solved.binding()),
         size_bytes=size_bytes,
         bits_per_weight=8 * tensor_bytes / inventory.n_weights,
-        kld_nats=predicted.nats + cache_damage,
-        kld_interval=tuple(bound + cache_damage for bound in predicted.interval),
+        kld_nats=predicted.nats + beside,
+        kld_interval=tuple(bound + beside for bound in predicted.interval),
+        beside_nats=beside,
         gap=solution.gap,
         solver_seconds=solution.seconds,
         imatrix_sha256=sensitivity.imatrix_sha256,
@@ -403,12 +431,14 @@ def make_plan(
         cache_types=cache_types,
         n_threads=profile.n_threads if profile else None,
         device=profile.name if profile else "",
-        speed=profile.predict(inventory, chosen, solved.depth) if profile else None,
+        speed=speed,
         memory=(
             memory_use(profile, inventory, chosen, size_bytes, solved.n_ctx, cache_types)
             if profile and known
             else None
         ),
+        experts=experts,
+        speed_with_own_experts=own_speed,
         notes=(
             *plan_notes(sensitivity, chosen),
             *([_CACHE_NOTE] if set(cache_types) != {USUAL} else []),
@@ -420,7 +450,10 @@ def plan_of_map(
     plan: Plan, inventory: Inventory, sensitivity: Sensitivity, types: Mapping[str, str]
 ) -> Plan:
     """`plan` with another map of types, of no more bytes; speeds are no longer predicted."""
-    metadata = {**plan.metadata, "apreqel.plan": map_digest(types, sensitivity.imatrix_sha256)}
+    digest = map_digest(
+        types, sensitivity.imatrix_sha256, plan.experts.used if plan.experts else None
+    )
+    metadata = {**plan.metadata, "apreqel.plan": digest}
     tensor_bytes = sum(lookup(types[t.name]).size_bytes(t.shape) for t in inventory.tensors)
     return replace(
         plan,
@@ -474,7 +507,7 @@ def hard_limits(
     if budget is not None:
         limits.append(options.size_limit(budget))
     if request.max_kld_nats is not None:
-        raw = ease * options.model.raw(request.max_kld_nats)
+        raw = ease * options.raw_damage(request.max_kld_nats)
         limits.append(options.raw_damage_limit(raw, "--max-kld"))
     if request.max_ram_bytes is not None:
         assert profile is not None

@@ -22,7 +22,7 @@ ORDER = [
     ["probing"],
     ["damage"],
     ["sensitivity", "kv_cache"],
-    ["trial"],
+    ["trial", "experts"],
     ["options"],
     ["plan", "verify"],
     ["candidates"],

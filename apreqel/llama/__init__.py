@@ -276,11 +276,19 @@ _HIDDEN_STATE = re.compile(rb"embd|l_out-\d+")
 class LoadedModel:
     """One model in llama.cpp. A context manager; use its contexts one thread at a time."""
 
-    def __init__(self, path: Path, *, patchable: bool = False, offload: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        patchable: bool = False,
+        offload: bool = False,
+        overrides: Mapping[str, int] | None = None,
+    ) -> None:
         """Load `path`, on the CPU unless `offload`. Raises EngineError where llama.cpp cannot.
 
         `patchable` keeps the weights in the file's map (not repacked), so that writes to the file
         reach the next evaluation. `offload` puts all layers on a GPU where this build has one.
+        `overrides` are integers of the metadata to take instead of the file's, by key.
         """
         self.path, self.on_gpu = path, offload and has_gpu()
         c = library()
@@ -288,6 +296,8 @@ class LoadedModel:
         params = c.llama_model_default_params()
         params.n_gpu_layers = _ALL_LAYERS if self.on_gpu else 0
         params.use_extra_bufts = not patchable
+        if overrides:
+            params.kv_overrides = _integer_overrides(overrides)
         with _interrupts_deferred():
             self._model = c.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model and "unknown model architecture" in reason():
@@ -357,6 +367,16 @@ class LoadedModel:
             yield context
         finally:
             context.close()
+
+
+def _integer_overrides(values: Mapping[str, int]) -> Any:
+    """An array of llama_model_kv_override; its last entry, with an empty key, ends it."""
+    c = library()
+    table = (c.llama_model_kv_override * (len(values) + 1))()
+    for row, (key, value) in zip(table, values.items(), strict=False):
+        row.tag, row.key = c.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+        row.value.val_i64 = value
+    return table
 
 
 class Context:
