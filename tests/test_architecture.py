@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "apreqel"
 # A module may import modules of earlier lines only.
 ORDER = [
     ["__init__"],
-    ["errors"],
+    ["errors", "exchange"],
     ["qtypes", "artifacts", "device", "metrics", "knapsack"],
     ["gguf_header"],
     ["inventory", "llama"],
