@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8160)
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--presets", nargs="*", default=PRESETS)
+    parser.add_argument("--no-uniform", action="store_true")
     args = parser.parse_args()
     with pipeline.open_workspace(
         args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
@@ -64,7 +65,7 @@ def main() -> None:
             predicted[ours] = made
             pairs.append((ours, preset))
             for label, types in candidates.rival_maps(made, request, space.inventory, state):
-                if label.startswith("uniform"):
+                if label.startswith("uniform") and not args.no_uniform:
                     if label not in files:
                         files[label] = write(label, types, records)
                     pairs.append((ours, label))
