@@ -150,7 +150,7 @@ def split_for_calibration(
     model: LoadedModel,
     texts: Sequence[Text],
     *,
-    fitting_chunks: int = 96,
+    fitting_chunks: int = 64,
     probe_chunks: int = 32,
     check_chunks: int = 8,
     n_ctx: int = 512,

@@ -89,6 +89,31 @@ def confirmed_plan(
     )
 
 
+def better(plan: Plan, refined: Plan) -> Plan:
+    """Which of two measured plans serves the priority better; with a note on what refining did."""
+    a, b = (_merit(p) for p in (plan, refined))
+    changed = sum(plan.types[name] != kind for name, kind in refined.types.items())
+    n = len(refined.exchanges)
+    klds = [next(t.kld.mean for t in p.trials if t.ratio == 1.0) for p in (plan, refined)]
+    what = f"{n} exchanges around the plan were probed"
+    if not changed:
+        return replace(plan, notes=[*plan.notes, f"{what}; they change nothing"])
+    tried = f"{changed} other types: {klds[1]:.5f} nats as a real file against {klds[0]:.5f}"
+    if b < a:
+        return replace(refined, notes=[*refined.notes, f"{what} and led to {tried}"])
+    return replace(plan, notes=[*plan.notes, f"{what} and led to {tried}; not taken"])
+
+
+def _merit(plan: Plan) -> float:
+    """What the priority wants least of."""
+    if plan.prefer == "memory":
+        return float(plan.size_bytes)
+    if plan.prefer == "latency" and plan.speed is not None:
+        n_prompt, n_generated = plan.provenance.settings["workload"]
+        return float(n_prompt / plan.speed.prefill.value + n_generated / plan.speed.decode.value)
+    return next(t.kld.mean for t in plan.trials if t.ratio == 1.0)
+
+
 def try_ladder(
     inventory: Inventory,
     sensitivity: Sensitivity,

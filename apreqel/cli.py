@@ -112,6 +112,9 @@ Metric = Annotated[str, typer.Option(help="What damage is: kld or perplexity.")]
 Unchecked = Annotated[
     bool, typer.Option("--unchecked", help="Do not measure the plan and its rivals as real files.")
 ]
+Refine = Annotated[
+    bool, typer.Option("--refine", help="Probe exchanges around the plan, and plan again.")
+]
 ImatrixFile = Annotated[Path | None, typer.Option("--imatrix", help="Use this imatrix GGUF.")]
 Scored = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to score.")]
 Ctx = Annotated[int, typer.Option("--ctx", min=32, help="Tokens per chunk.")]
@@ -255,6 +258,7 @@ def plan(
     minutes: Minutes = None,
     metric: Metric = "kld",
     unchecked: Unchecked = False,
+    refine: Refine = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[plan.json]")] = None,
     workdir: Workdir = None,
     threads: Threads = None,
@@ -278,7 +282,7 @@ def plan(
         elif ladder:
             steps = pipeline.ladder(space, request, *known, timed, ladder, not unchecked)
         else:
-            made, path = pipeline.plan(space, request, *known, timed, output, not unchecked)
+            made, path = pipeline.plan(space, request, *known, timed, output, not unchecked, refine)
     if front:
         console.write_json(found) if json else console.show_front(found)
     elif ladder:

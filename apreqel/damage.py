@@ -94,6 +94,17 @@ class KernelLoss:
 
 
 @dataclass(frozen=True)
+class Exchange:
+    """Within a whole plan: how its KLD changes, in nats, when one tensor takes another type."""
+
+    tensor: str
+    chosen: str
+    other: str
+    nats: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
 class Knot:
     """A whole map that was measured as a real file."""
 
@@ -111,6 +122,7 @@ class DamageModel:
         places: Mapping[str, Place],
         kernels: Mapping[str, KernelLoss] | None = None,
         knots: Sequence[Knot] = (),
+        exchanges: Sequence[Exchange] = (),
         metric: str = "kld",
     ) -> None:
         self.errors, self._metric = errors, metric
@@ -126,6 +138,7 @@ class DamageModel:
         self._posteriors: dict[str, dict[str, tuple[float, float]]] = {}
         self._kernel_factors = self._measured_kernel_factors(kernels or {})
         self._tables: dict[str, dict[str, Damage]] = {}
+        self._exchanges = exchanges if metric == "kld" else ()
         self._knots = knots if metric == "kld" else ()  # real files tell KLD
 
     # -- single tensors --
@@ -142,7 +155,25 @@ class DamageModel:
             self._tables[name] = {
                 t: self._with_kernel(name, t, posterior) for t in self.errors[name].weights
             }
+            for exchange in self._exchanges:
+                if exchange.tensor == name:
+                    self._exchange(self._tables[name], exchange)
         return self._tables[name]
+
+    def _exchange(self, table: dict[str, Damage], exchange: Exchange) -> None:
+        """Take in what an exchange showed: its difference and the model's, by their precision."""
+        own = Damage(0.0, 0.0, True)  # the tensor's own type
+        chosen, other = (table.get(t, own) for t in (exchange.chosen, exchange.other))
+        if exchange.other not in table:
+            return
+        expected = other.nats - chosen.nats
+        doubt = (other.nats * other.log_deviation) ** 2 + (chosen.nats * chosen.log_deviation) ** 2
+        weight = doubt / (doubt + exchange.standard_error**2 + 1e-30)
+        nats = chosen.nats + expected + weight * (exchange.nats - expected)
+        # A tensor's damage in the plan may be less than alone, but nothing is gained by damage.
+        table[exchange.other] = Damage(
+            max(nats, 0.1 * other.nats), other.log_deviation * math.sqrt(1 - weight), True
+        )
 
     def _with_kernel(
         self, name: str, type_name: str, posterior: Mapping[str, tuple[float, float]]

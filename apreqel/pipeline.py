@@ -20,6 +20,7 @@ from apreqel import front as fronts
 from apreqel import imatrix as imatrices
 from apreqel import plan as planning
 from apreqel import profile as profiling
+from apreqel import refine as refining
 from apreqel import sensitivity as sensitivities
 from apreqel import trial as trying
 from apreqel import verify as verification
@@ -335,10 +336,12 @@ def plan(
     device_profile: DeviceProfile | None,
     output: Path | None = None,
     check: bool = True,
+    refine: bool = False,
 ) -> tuple[Plan, Path]:
     """Make the plan; write it and its --tensor-type-file. Returns it with its path.
 
-    With `check` it is measured as a real file beside its rivals, and the best is kept.
+    With `check` it is measured as a real file beside its rivals, and the best is kept. With
+    `refine` exchanges around it are probed too, and a plan made from them is tried.
     """
     kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
     experts = expert_use(space, request)
@@ -364,6 +367,21 @@ def plan(
     if check:
         with trials_of(space, state, imatrix) as trials:
             made = candidates.confirmed_plan(make, request, space.inventory, state, trials)
+            if refine:
+                records, ease = planning.encode_metadata(made.metadata), made.ease
+                refining.refine(
+                    space.inventory,
+                    state,
+                    imatrix,
+                    space.folder,
+                    space.n_threads,
+                    lambda: planning.solve_request(
+                        space.inventory, state, request, records, device_profile, kv, experts, ease
+                    ),
+                    space.on_progress,
+                )
+                again = candidates.confirmed_plan(make, request, space.inventory, state, trials)
+                made = candidates.better(made, again)
     else:
         made = make()
     path = output or space.folder / planning.PLAN_FILE
@@ -419,12 +437,20 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
     folder = Path(made.workdir)
     state = Sensitivity.load(folder / sensitivities.SENSITIVITY_FILE, made.provenance.model_sha256)
     state.knots = trying.knots(trying.read_trials(folder, state))
+    state.exchanges = made.exchanges
     request = planning.request_from(made.provenance.settings)
     timed = profiling.load_named(made.device) if made.device else None
     kv_path = folder / kv_cache.KV_FILE
     kv = KvSensitivity.load(kv_path, made.provenance.model_sha256) if kv_path.exists() else None
     solved = planning.solve_request(
-        inventory, state, request, planning.encode_metadata(made.metadata), timed, kv, made.experts
+        inventory,
+        state,
+        request,
+        planning.encode_metadata(made.metadata),
+        timed,
+        kv,
+        made.experts,
+        made.ease,
     )
     return solved, state, made, inventory
 

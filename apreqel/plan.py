@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from apreqel import __version__, artifacts, llama
 from apreqel.artifacts import Provenance
+from apreqel.damage import Exchange
 from apreqel.device import detect
 from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
 from apreqel.experts import ExpertUse, with_experts
@@ -162,6 +163,8 @@ class Plan:
     speed_with_own_experts: Speed | None = None
     notes: Sequence[str] = field(default_factory=tuple)
     trials: Sequence[TrialResult] = ()  # this plan and its rivals as real files
+    ease: float = 1.0  # of a limit on damage, see `solve_request`
+    exchanges: Sequence[Exchange] = ()  # what was probed around it
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -200,6 +203,7 @@ class Plan:
             if data["memory"]:
                 data["memory"] = MemoryUse(**data["memory"])
             data["binding"] = [Binding(**row) for row in data["binding"]]
+            data["exchanges"] = [Exchange(**row) for row in data["exchanges"]]
             data["kld_interval"] = tuple(data["kld_interval"])
             data["trials"] = [
                 TrialResult(**{**row, "kld": Estimate(**row["kld"])}) for row in data["trials"]
@@ -422,6 +426,8 @@ def make_plan(
         kld_nats=predicted.nats + beside,
         kld_interval=tuple(bound + beside for bound in predicted.interval),
         beside_nats=beside,
+        ease=ease,
+        exchanges=sensitivity.exchanges,
         gap=solution.gap,
         solver_seconds=solution.seconds,
         imatrix_sha256=sensitivity.imatrix_sha256,

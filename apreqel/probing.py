@@ -97,6 +97,8 @@ class ProbeBench:
         self._tensors = read_inventory(scratch).by_name
         self._map = np.memmap(scratch, np.uint8, "r+")
         self.pool = ThreadPoolExecutor(n_threads)
+        # Original bytes of tensors that `installed` has replaced.
+        self._originals: dict[str, npt.NDArray[np.uint8]] = {}
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -112,15 +114,23 @@ class ProbeBench:
         return self.imatrix.weights(name) if self.imatrix else None
 
     def weights(self, name: str, rows: slice | npt.NDArray[np.intp] = slice(None)) -> Floats:
-        """Float32 weights [rows, row length] of a tensor, its experts one after another."""
+        """Original float32 weights [rows, row length], the experts one after another."""
         tensor = self._tensors[name]
-        stored = self._stored(tensor)[rows]
+        raw = self._originals.get(name)
+        stored = (self._stored(tensor) if raw is None else self._values(tensor, raw))[rows]
         values = np.empty(stored.shape, np.float32)
         values[:] = stored
         return values
 
     def _stored(self, tensor: Tensor) -> npt.NDArray[np.floating]:
-        raw = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
+        return self._values(tensor, self._bytes(tensor))
+
+    def _bytes(self, tensor: Tensor) -> npt.NDArray[np.uint8]:
+        raw: npt.NDArray[np.uint8] = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
+        return raw
+
+    @staticmethod
+    def _values(tensor: Tensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
         dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
         return raw.view(dtype).reshape(-1, tensor.row_length)
 
@@ -198,15 +208,41 @@ class ProbeBench:
         try:
             for name, qtype in types.items():
                 tensor = self._tensors[name]
-                place = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
-                kept.append((tensor, place.copy()))
-                stored = self._stored(tensor)
-                for rows, values in self.fake_quantize(name, qtype):
-                    stored[rows] = values
+                kept.append((tensor, self._bytes(tensor).copy()))
+                self._write(name, qtype)
             return self.compare(reference)
         finally:
-            for tensor, original in kept:
-                self._map[tensor.offset : tensor.offset + tensor.size_bytes] = original
+            for tensor, before in kept:
+                self._bytes(tensor)[:] = before
+
+    def _write(self, name: str, qtype: QuantType) -> None:
+        stored = self._stored(self._tensors[name])
+        for rows, values in self.fake_quantize(name, qtype):
+            stored[rows] = values
+
+    @contextmanager
+    def installed(self, types: Mapping[str, QuantType], folder: Path) -> Iterator[None]:
+        """With the tensors of `types` fake-quantised; probes start from there.
+
+        The originals are kept in a file in `folder` meanwhile.
+        """
+        tensors = [self._tensors[name] for name in types]
+        total = sum(tensor.size_bytes for tensor in tensors)
+        require_space(folder, total, "the original weights beside the planned ones")
+        store = np.memmap(folder / "originals", np.uint8, "w+", shape=(max(total, 1),))
+        first = 0
+        try:
+            for tensor in tensors:
+                place = store[first : first + tensor.size_bytes]
+                place[:] = self._bytes(tensor)
+                self._originals[tensor.name] = place
+                first += tensor.size_bytes
+                self._write(tensor.name, types[tensor.name])
+            yield
+        finally:
+            for name, original in self._originals.items():
+                self._bytes(self._tensors[name])[:] = original
+            self._originals.clear()
 
 
 def expert_slice(importance: Floats | None, expert: int, tensor: Tensor) -> Floats | None:

@@ -20,7 +20,16 @@ import numpy as np
 from apreqel import artifacts, calibration, llama, probing
 from apreqel import imatrix as imatrices
 from apreqel.artifacts import Provenance
-from apreqel.damage import Damage, DamageModel, KernelLoss, Knot, Place, Probe, expected_gain
+from apreqel.damage import (
+    Damage,
+    DamageModel,
+    Exchange,
+    KernelLoss,
+    Knot,
+    Place,
+    Probe,
+    expected_gain,
+)
 from apreqel.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from apreqel.knapsack import Limit, solve
 from apreqel.metrics import compare
@@ -53,7 +62,7 @@ _KERNEL_TYPES = ("Q8_0", "Q5_1", "Q6_K")
 class ProbeSettings:
     """The text that is measured on; another value means another measurement."""
 
-    fitting_chunks: int = 96
+    fitting_chunks: int = 64
     probe_chunks: int = 32
     check_chunks: int = 8
     n_ctx: int = 512
@@ -127,6 +136,8 @@ class Sensitivity:
     effort: str = ""
     settled: bool = False  # whether further probes were not expected to change plans
     check_tokens: list[list[int]] = field(default_factory=list)  # of texts, for real files
+    probe_tokens: list[list[int]] = field(default_factory=list)  # of texts, for exchanges
+    exchanges: Sequence[Exchange] = ()  # around the plan at hand, for `model`; not kept
     metric: str = "kld"  # what `model` calls damage
     knots: Sequence[Knot] = ()  # real files, for `model`; kept in another file
 
@@ -147,6 +158,7 @@ class Sensitivity:
             self.places,
             self.kernels,
             self.knots,
+            self.exchanges,
             self.metric,
         )
 
@@ -184,7 +196,7 @@ class Sensitivity:
             raise ArtifactError(f"{path}: damaged sensitivity data ({error}); delete it") from error
 
 
-_NOT_SAVED = {"provenance", "model", "metric", "knots"}
+_NOT_SAVED = {"provenance", "model", "metric", "knots", "exchanges"}
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
@@ -298,6 +310,7 @@ class _Run:
     def measure(self, state: Sensitivity, texts: Sequence[Text], imatrix_file: Path | None) -> None:
         split = self.settings.split(self.model, texts)
         state.check_tokens = split.check.tokens.tolist()
+        state.probe_tokens = split.probe.tokens.tolist()
         state.places = {t.name: Place(t.role, t.layer or 0) for t in self.inventory.quantizable}
         imatrix, half = self._imatrix(state, split.fitting, imatrix_file)
         self.keep(force=True)

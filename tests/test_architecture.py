@@ -25,7 +25,7 @@ ORDER = [
     ["trial", "experts"],
     ["options"],
     ["plan", "verify"],
-    ["candidates"],
+    ["candidates", "refine"],
     ["front", "explain", "compare"],
     ["pipeline"],
     ["console"],

@@ -9,9 +9,20 @@ import numpy as np
 import pytest
 from test_measurements import MEASURE, SHA, load_imatrix, texts
 
-from apreqel import calibration, candidates, llama, plan, quantize, sensitivity, trial
+from apreqel import (
+    calibration,
+    candidates,
+    llama,
+    plan,
+    probing,
+    quantize,
+    refine,
+    sensitivity,
+    trial,
+)
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.plan import Plan, PlanRequest
+from apreqel.qtypes import lookup
 from apreqel.sensitivity import Sensitivity
 from apreqel.trial import Trials
 
@@ -129,6 +140,56 @@ def test_limits_on_damage_are_held_as_measured(measured: Measured) -> None:
         ours = made.trials[0].kld.mean
         assert ours <= floor or any("beyond the limit" in note for note in made.notes)
         assert ours > 0.6 * floor  # what is allowed is used
+
+
+def test_exchanges_start_from_the_plan(measured: Measured) -> None:
+    """Probed from the planned model, an exchange gives what probing all of it at once gives."""
+    inventory, folder, state = measured
+    kinds = {t.name: lookup("Q4_0") for t in inventory.quantizable}
+    tokens = np.array(state.probe_tokens, np.int32)
+    text = calibration.TokenSet.scored_from(4, "probe", tokens, "")
+    with (
+        probing.scratch_copy(inventory, folder, 2) as scratch,
+        llama.LoadedModel(scratch, patchable=True) as model,
+        model.context(64, 4, 2) as context,
+    ):
+        bench = probing.ProbeBench(scratch, context, 2)
+        reference = bench.reference(text, scratch.parent)
+        name = "blk.1.ffn_down.weight"
+        whole = bench.probe({**kinds, name: lookup("Q8_0")}, reference).kld_nats
+        with bench.installed(kinds, scratch.parent):
+            exchanged = bench.probe({name: lookup("Q8_0")}, reference).kld_nats
+            planned = bench.compare(reference).kld_nats
+        assert np.array_equal(bench.probe(kinds, reference).kld_nats, planned)
+        assert np.abs(bench.compare(reference).kld_nats).max() == 0
+        bench.close()
+    assert np.array_equal(exchanged, whole) and exchanged.mean() < planned.mean()
+
+
+def test_refining_is_never_worse(measured: Measured) -> None:
+    inventory, folder, state = measured
+    request = PlanRequest("accuracy", target_bpw=4.5)
+    make, imatrix = planner(measured, request), load_imatrix(folder, inventory)
+    with trials_in(measured) as trials:
+        first = candidates.confirmed_plan(make, request, inventory, state, trials)
+        count = refine.refine(
+            inventory,
+            state,
+            imatrix,
+            folder,
+            2,
+            lambda: plan.solve_request(inventory, state, request, [], None),
+        )
+        again = candidates.confirmed_plan(make, request, inventory, state, trials)
+    state.exchanges = ()
+    state.renew_model()
+    assert count == len(again.exchanges) > 0
+    for exchange in again.exchanges:
+        assert exchange.standard_error > 0 and exchange.chosen != exchange.other
+    kept = candidates.better(first, again)
+    klds = [next(t.kld.mean for t in p.trials if t.ratio == 1.0) for p in (first, again)]
+    best = next(t.kld.mean for t in kept.trials if t.ratio == 1.0)
+    assert best == min(klds) and "exchanges around the plan" in kept.notes[-1]
 
 
 def test_ladder_tells_how_damages_add_up(measured: Measured) -> None:
