@@ -62,11 +62,17 @@ def pareto_front(
 
     Raises InfeasiblePlanError where nothing meets the limits.
     """
-    depth = request.workload[0] + request.workload[1] // 2
-    options = build_options(inventory, sensitivity, records, profile, depth, request.constraints)
+    n_prompt = request.workload[0]
+    depth = n_prompt + request.workload[1] // 2
+    options = build_options(
+        inventory, sensitivity, records, profile, depth, request.constraints, n_prompt
+    )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
-    stock = [_stock_point(name, inventory, sensitivity, profile, depth) for name in _STOCK_SHOWN]
+    stock = [
+        _stock_point(name, inventory, sensitivity, profile, depth, n_prompt)
+        for name in _STOCK_SHOWN
+    ]
     usual = next(point.kld_nats for point in stock if point.label == "Q4_K_M")
     found: list[tuple[str, Solution]] = []
     n_sizes = n_points if options.timings is None else -(-n_points // 2)
@@ -83,7 +89,7 @@ def pareto_front(
         own = {t.name: t.qtype.name for t in inventory.tensors}
         types = own | options.types_of(solution)
         damage = sum(float(row[c]) for row, c in zip(options.damages, solution.choice, strict=True))
-        speed = profile.predict(inventory, types, depth) if profile else None
+        speed = profile.predict(inventory, types, depth, n_prompt=n_prompt) if profile else None
         size = inventory.output_size(types, records)
         points.append(FrontPoint(label, size, damage, speed, types))
     return Front(sorted(_not_beaten(points), key=lambda p: (p.size_bytes, p.kld_nats)), stock)
@@ -99,8 +105,11 @@ def ladder_sizes(
 ) -> list[float]:
     """File sizes of a ladder within the request's limits. Raises InfeasiblePlanError."""
     timed = profile if request.needs_profile else None
-    depth = request.workload[0] + request.workload[1] // 2
-    options = build_options(inventory, sensitivity, records, timed, depth, request.constraints)
+    n_prompt = request.workload[0]
+    depth = n_prompt + request.workload[1] // 2
+    options = build_options(
+        inventory, sensitivity, records, timed, depth, request.constraints, n_prompt
+    )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, timed, request.n_ctx or 4096)
     usual = predicted_damage(sensitivity, stock_map(inventory, sensitivity, "Q4_K_M"))
@@ -153,8 +162,9 @@ def _stock_point(
     sensitivity: Sensitivity,
     profile: DeviceProfile | None,
     depth: int,
+    n_prompt: int,
 ) -> FrontPoint:
     types = stock_map(inventory, sensitivity, preset)
-    speed = profile.predict(inventory, types, depth) if profile else None
+    speed = profile.predict(inventory, types, depth, n_prompt=n_prompt) if profile else None
     size, damage = stock_size(inventory, types), predicted_damage(sensitivity, types)
     return FrontPoint(preset, size, damage, speed, types)
