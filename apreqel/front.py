@@ -64,13 +64,17 @@ def pareto_front(
 
     Raises InfeasiblePlanError where nothing meets the limits.
     """
-    depth = request.workload[0] + request.workload[1] // 2
+    n_prompt = request.workload[0]
+    depth = n_prompt + request.workload[1] // 2
     options = build_options(
-        inventory, sensitivity, records, profile, depth, request.constraints, experts
+        inventory, sensitivity, records, profile, depth, request.constraints, experts, n_prompt
     )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
-    stock = [_stock_point(name, inventory, sensitivity, profile, depth) for name in _STOCK_SHOWN]
+    stock = [
+        _stock_point(name, inventory, sensitivity, profile, depth, n_prompt)
+        for name in _STOCK_SHOWN
+    ]
     usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
     lost = options.fixed_damage
     found: list[tuple[str, Solution]] = []
@@ -88,7 +92,10 @@ def pareto_front(
         own = {t.name: t.qtype.name for t in inventory.tensors}
         types = own | options.types_of(solution)
         damage = sum(float(row[c]) for row, c in zip(options.damages, solution.choice, strict=True))
-        speed = profile.predict(with_experts(inventory, experts), types, depth) if profile else None
+        speed = None
+        if profile:
+            running = with_experts(inventory, experts)
+            speed = profile.predict(running, types, depth, n_prompt=n_prompt)
         size = inventory.output_size(types, records)
         points.append(FrontPoint(label, size, options.model.nats(damage) + lost, speed, types))
     return Front(sorted(_not_beaten(points), key=lambda p: (p.size_bytes, p.kld_nats)), stock)
@@ -105,9 +112,10 @@ def ladder_sizes(
 ) -> list[float]:
     """File sizes of a ladder within the request's limits. Raises InfeasiblePlanError."""
     timed = profile if request.needs_profile else None
-    depth = request.workload[0] + request.workload[1] // 2
+    n_prompt = request.workload[0]
+    depth = n_prompt + request.workload[1] // 2
     options = build_options(
-        inventory, sensitivity, records, timed, depth, request.constraints, experts
+        inventory, sensitivity, records, timed, depth, request.constraints, experts, n_prompt
     )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, timed, request.n_ctx or 4096)
@@ -159,8 +167,9 @@ def _stock_point(
     sensitivity: Sensitivity,
     profile: DeviceProfile | None,
     depth: int,
+    n_prompt: int,
 ) -> FrontPoint:
     types = stock_map(inventory, sensitivity, preset)
-    speed = profile.predict(inventory, types, depth) if profile else None
+    speed = profile.predict(inventory, types, depth, n_prompt=n_prompt) if profile else None
     size, damage = stock_size(inventory, types), sensitivity.model.total(types)
     return FrontPoint(preset, size, damage.nats, speed, types)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -160,6 +161,28 @@ class Inventory:
         """Query and key/value heads a layer; 0 where they differ between layers."""
         heads = self._hyperparameter("attention.head_count")
         return heads, self._hyperparameter("attention.head_count_kv") or heads
+
+    @property
+    def head_shape(self) -> tuple[int, int, int, int] | None:
+        """Length of a key, of a value, query heads and key/value heads, as most layers have them.
+
+        None where the model has no attention.
+        """
+        heads = self._most_layers("attention.head_count")
+        kv_heads = self._most_layers("attention.head_count_kv") or heads
+        if not heads or not kv_heads:
+            return None
+        usual = self._hyperparameter("embedding_length") // heads
+        k_length = self._hyperparameter("attention.key_length") or usual
+        v_length = self._hyperparameter("attention.value_length") or usual
+        return k_length, v_length, heads, kv_heads
+
+    def _most_layers(self, key: str) -> int:
+        """What the layers with attention have; 0 where none has."""
+        value = self._first.get(f"{self.architecture}.{key}")
+        layers = value if isinstance(value, list) else [value]
+        counts = Counter(n for n in layers if isinstance(n, int) and n > 0)
+        return max(counts, key=lambda n: counts[n], default=0)
 
     @cached_property
     def vocabulary_size(self) -> int:

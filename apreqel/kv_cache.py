@@ -20,7 +20,7 @@ from apreqel.artifacts import Provenance
 from apreqel.errors import ArtifactError, EngineError
 from apreqel.metrics import Comparison, Estimate, Reference, compare, estimate
 from apreqel.probing import sequences_at_once
-from apreqel.qtypes import lookup
+from apreqel.qtypes import KV_TYPES, USUAL_CACHES, lookup
 
 if TYPE_CHECKING:
     from apreqel.calibration import Text, TokenSet
@@ -28,9 +28,7 @@ if TYPE_CHECKING:
 
 KV_FILE = "kv-cache.json"
 
-# What llama.cpp's -ctk and -ctv take, and its CPU kernels of flash attention read.
-KV_TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
-USUAL = "F16"
+USUAL = USUAL_CACHES[0]
 
 PROBE_CHUNKS, PROBE_CTX = 4, 512
 

@@ -7,7 +7,7 @@ and resident bytes on that device. The user's own constraints only take options 
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ from apreqel.errors import UsageError, printable
 from apreqel.experts import ExpertUse, with_experts
 from apreqel.knapsack import Limit, Solution
 from apreqel.kv_cache import USUAL, KvSensitivity
-from apreqel.qtypes import lookup
+from apreqel.qtypes import USUAL_CACHES, lookup
 from apreqel.sensitivity import Sensitivity, require_probed
 
 if TYPE_CHECKING:
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 
-# The KV cache's types are chosen beside the tensors' under these names.
-CACHES = ("cache K", "cache V")
+# The KV cache's types are chosen beside the tensors' under this name, of K and V together
+# ("Q8_0/F16"): their bytes and their damage add up, but not their seconds.
+CACHES = "KV cache"
 
 
 @dataclass(frozen=True)
@@ -204,12 +205,13 @@ def build_options(
     n_context: int = 0,
     constraints: Constraints | None = None,
     experts: ExpertUse | None = None,
+    n_prompt: int | None = None,
 ) -> Options:
     """All types that a tensor can hold and that were measured, and its own type.
 
     With a profile, of these the ones that were timed; decode is reckoned with `n_context` tokens
-    in the cache, both speeds with the active experts of `experts`. Raises CalibrationError where
-    the probes are not complete.
+    in the cache, prefill of `n_prompt` (None: as many as were timed), both with the active experts
+    of `experts`. Raises CalibrationError where the probes are not complete.
     """
     inventory = with_experts(inventory, experts)
     require_probed(sensitivity)
@@ -249,29 +251,52 @@ def build_options(
     fixed = inventory.output_size(own, extra_metadata) - int(in_place)
     timings = None
     if profile is not None:
-        timings = option_timings(inventory, kinds, sizes, profile, n_context)
+        timings = option_timings(inventory, kinds, sizes, profile, n_context, n_prompt)
     lost = experts.damage_nats if experts else 0.0
     return Options(names, kinds, sizes, damages, timings, fixed, sensitivity.model, lost)
 
 
-def with_caches(options: Options, kv: KvSensitivity, k_bytes: float, v_bytes: float) -> Options:
-    """The K and the V cache as two more choices; their bytes at F16 are given."""
+def with_caches(
+    options: Options,
+    kv: KvSensitivity,
+    k_bytes: float,
+    v_bytes: float,
+    rest_seconds: Callable[[Sequence[str], bool], float],
+) -> Options:
+    """The KV cache as one more choice; the bytes of its parts at F16 are given.
+
+    `rest_seconds` of (K, V) and whether a token is generated: `DeviceProfile.rest_seconds`.
+    """
     assert options.timings is not None
-    names, types = list(options.names), list(options.types)
-    sizes, damages = list(options.sizes), list(options.damages)
-    decode, prefill = list(options.timings.decode), list(options.timings.prefill)
-    resident = list(options.timings.resident)
-    for name, probes, usual_bytes in zip(CACHES, (kv.k, kv.v), (k_bytes, v_bytes), strict=True):
-        kinds = [USUAL, *probes]
-        names.append(name)
-        types.append(kinds)
-        damages.append(np.array([0.0, *(max(0.0, p.mean) for p in probes.values())]))
-        bits = np.array([lookup(kind).bits_per_weight for kind in kinds])
-        resident.append(usual_bytes * bits / lookup(USUAL).bits_per_weight)
-        for rows in (sizes, decode, prefill):
-            rows.append(np.zeros(len(kinds)))
-    timings = replace(options.timings, decode=decode, prefill=prefill, resident=resident)
-    return replace(options, names=names, types=types, sizes=sizes, damages=damages, timings=timings)
+    damages = [
+        {USUAL: 0.0} | {t: max(0.0, p.mean) for t, p in probes.items()} for probes in (kv.k, kv.v)
+    ]
+    pairs = [(k, v) for k in damages[0] for v in damages[1]]
+    k_bit, v_bit = (n / lookup(USUAL).bits_per_weight for n in (k_bytes, v_bytes))
+    rows = [
+        [k_bit * lookup(k).bits_per_weight + v_bit * lookup(v).bits_per_weight for k, v in pairs],
+        [damages[0][k] + damages[1][v] for k, v in pairs],
+        *(
+            [rest_seconds(pair, decode) - rest_seconds(USUAL_CACHES, decode) for pair in pairs]
+            for decode in (True, False)
+        ),
+    ]
+    resident, damage, decode, prefill = (np.array(row) for row in rows)
+    old = options.timings
+    timings = replace(
+        old,
+        decode=[*old.decode, decode],
+        prefill=[*old.prefill, prefill],
+        resident=[*old.resident, resident],
+    )
+    return replace(
+        options,
+        names=[*options.names, CACHES],
+        types=[*options.types, ["/".join(pair) for pair in pairs]],
+        sizes=[*options.sizes, np.zeros(len(pairs))],
+        damages=[*options.damages, damage],
+        timings=timings,
+    )
 
 
 def option_timings(
@@ -280,6 +305,7 @@ def option_timings(
     sizes: Sequence[Doubles],
     profile: DeviceProfile,
     n_context: int,
+    n_prompt: int | None = None,
 ) -> Timings:
     """Seconds and resident bytes of every option on the profile's device."""
     decode: list[Doubles] = []
@@ -297,7 +323,7 @@ def option_timings(
         decode,
         prefill,
         profile.rest_seconds(inventory, decode=True, n_context=n_context),
-        profile.rest_seconds(inventory, decode=False),
+        profile.rest_seconds(inventory, decode=False, n_prompt=n_prompt),
         resident,
     )
 

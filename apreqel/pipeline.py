@@ -143,7 +143,7 @@ def device_profile(
     n_threads = tuned.n_threads if tuned else n_threads
     with artifacts.lock(profiling.store_folder() / ".lock"):
         known = stored_profile(n_threads) if n_threads else None
-        if known and not again and inventory and known.covers(inventory):
+        if known and not again and inventory and known.is_complete(inventory):
             return known
         measured = timing.measure_profile(
             inventory,

@@ -40,7 +40,7 @@ from apreqel.options import (
     with_caches,
 )
 from apreqel.profile import Range, Speed
-from apreqel.qtypes import lookup
+from apreqel.qtypes import USUAL_CACHES, lookup
 from apreqel.recipes import read_recipe, types_of_file
 from apreqel.sensitivity import Sensitivity
 
@@ -63,8 +63,8 @@ _FRONT_POINTS = 24
 NEAR_LOSSLESS = 0.6
 
 _CACHE_NOTE = (
-    "speeds are predicted for an F16 cache; attention over a quantised one is slower, in "
-    "long contexts and prompts much slower"
+    "speeds are predicted for an F16 cache (this device profile has no other): attention over "
+    "another one is slower, in long contexts and prompts much slower"
 )
 
 # Contexts are tried in steps of this many tokens.
@@ -296,10 +296,16 @@ def solve_request(
     depth = n_prompt + n_generated // 2
     timed = profile if request.needs_profile else None
     options = build_options(
-        inventory, sensitivity, records, timed, depth, request.constraints, experts
+        inventory, sensitivity, records, timed, depth, request.constraints, experts, n_prompt
     )
-    if kv is not None and request.max_ram_bytes is not None:
-        options = with_caches(options, kv, *cache_bytes(inventory, n_ctx))
+    if kv is not None and timed is not None and request.max_ram_bytes is not None:
+
+        def rest(caches: Sequence[str], decode: bool) -> float:
+            return timed.rest_seconds(
+                inventory, decode=decode, n_context=depth, n_prompt=n_prompt, caches=caches
+            )
+
+        options = with_caches(options, kv, *cache_bytes(inventory, n_ctx), rest)
     stock = stock_map(inventory, sensitivity, DEFAULT_PRESET)
     limits = hard_limits(inventory, options, request, timed, n_ctx, ease)
     asked = {limit.name for limit in limits}
@@ -393,7 +399,7 @@ def make_plan(
     solved = solve_request(inventory, sensitivity, request, records, profile, kv, experts, ease)
     options, solution = solved.options, solved.solution
     picked_types = options.types_of(solution)
-    cache_types = [picked_types.pop(name, USUAL) for name in CACHES]
+    cache_types = picked_types.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
     chosen = {t.name: t.qtype.name for t in inventory.tensors} | picked_types
     metadata["apreqel.plan"] = map_digest(
         chosen, sensitivity.imatrix_sha256, experts.used if experts else None
@@ -408,8 +414,16 @@ def make_plan(
     known = profile is not None and profile.covers(inventory)
     speed = own_speed = None
     if profile is not None:
-        speed = profile.predict(with_experts(inventory, experts), chosen, solved.depth)
-        own_speed = profile.predict(inventory, chosen, solved.depth) if experts else None
+        speed, own_speed = (
+            profile.predict(
+                running,
+                chosen,
+                solved.depth,
+                n_prompt=request.workload[0],
+                caches=cache_types,
+            )
+            for running in (with_experts(inventory, experts), inventory)
+        )
     return Plan(
         provenance=Provenance(
             sensitivity.provenance.model_sha256,
@@ -444,10 +458,10 @@ def make_plan(
             else None
         ),
         experts=experts,
-        speed_with_own_experts=own_speed,
+        speed_with_own_experts=own_speed if experts else None,
         notes=(
             *plan_notes(sensitivity, chosen),
-            *([_CACHE_NOTE] if set(cache_types) != {USUAL} else []),
+            *cache_notes(inventory, profile, chosen, cache_types, solved.n_ctx),
         ),
     )
 
@@ -518,7 +532,7 @@ def hard_limits(
     if request.max_ram_bytes is not None:
         assert profile is not None
         outside = rest_bytes(profile, inventory, n_ctx)
-        if CACHES[0] not in options.names:
+        if CACHES not in options.names:
             outside += int(sum(cache_bytes(inventory, n_ctx)))
         limits.append(options.memory_limit(request.max_ram_bytes, outside))
     for name, least, decode in (
@@ -609,6 +623,31 @@ def plan_notes(sensitivity: Sensitivity, types: Mapping[str, str]) -> Iterator[s
         )
     if coverage and coverage.n_zero_columns:
         yield f"{coverage.n_zero_columns} imatrix columns were zero and were substituted"
+
+
+def cache_notes(
+    inventory: Inventory,
+    profile: DeviceProfile | None,
+    types: Mapping[str, str],
+    cache_types: Sequence[str],
+    n_ctx: int,
+) -> Iterator[str]:
+    """How fast a cache in other types than the usual is when its `n_ctx` tokens are used."""
+    if profile is None or set(cache_types) == {USUAL}:
+        return
+    if not profile.times_caches(inventory, cache_types):
+        yield _CACHE_NOTE
+        return
+    here, usual = (
+        profile.predict(inventory, types, n_ctx, n_prompt=n_ctx, caches=caches)
+        for caches in (cache_types, USUAL_CACHES)
+    )
+    if here and usual:
+        yield (
+            f"at the whole context of {n_ctx} tokens this KV cache decodes "
+            f"{here.decode.value:.1f} tokens/s and prefills {here.prefill.value:.1f}; one in F16 "
+            f"{usual.decode.value:.1f} and {usual.prefill.value:.1f}"
+        )
 
 
 # --- what people write ---------------------------------------------------------------------------

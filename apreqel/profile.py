@@ -5,9 +5,11 @@ token (decode) and with many (prefill), as `timing` measured them, and for every
 token: attention, norms, look-ups, which do not depend on types. Seconds of a map are their sum:
 
     decode(map)  = scale x sum of kernels + rest + attention x context
-    prefill(map) = scale x sum of kernels + rest         (per token of the prompt)
+    prefill(map) = scale x sum of kernels + rest + attention x (half the prompt - half a usual one)
 
-with scale and rest fitted to a few real runs of llama.cpp on the same device (`Overhead`).
+with scale, rest and attention over an F16 cache fitted to a few real runs of llama.cpp on the same
+device (`Overhead`). ggml's attention was timed by itself too, over every type of cache: over
+another cache, and in prompts, it takes as much more or less than that as ggml's own does.
 Profiles are kept in the user's data folder, and can be carried to other machines.
 """
 
@@ -26,8 +28,8 @@ from apreqel import artifacts
 from apreqel.artifacts import Provenance
 from apreqel.device import Device
 from apreqel.errors import ArtifactError, UsageError, printable
-from apreqel.llama.kernels import MatrixShape
-from apreqel.qtypes import lookup
+from apreqel.llama.kernels import HeadShape, MatrixShape
+from apreqel.qtypes import KV_TYPES, USUAL_CACHES, lookup
 
 if TYPE_CHECKING:
     from apreqel.inventory import Inventory, Tensor
@@ -41,6 +43,10 @@ _BORROWED_ERROR = 0.15
 _LEAST_ERROR = 0.015
 
 _ROLES_WITH_OWN_INPUTS = ("down",)
+
+# Attention is a dot product with K and a sum of V: its seconds add up, from pairs with this type.
+# Where neither is quantised they do not (F16 has kernels of its own): such pairs are all timed.
+_CACHE_PIVOT = "Q8_0"
 
 
 # --- what is stored ------------------------------------------------------------------------------
@@ -128,7 +134,11 @@ class Speed:
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """Kernels by type and shape key; overheads by model signature."""
+    """Kernels by type and shape key; overheads by model signature.
+
+    `attention` is by types of the KV cache ("Q8_0/F16", K first) and key of the heads' shape: one
+    layer, in seconds per token and per token that it looks back at.
+    """
 
     provenance: Provenance
     name: str
@@ -140,12 +150,18 @@ class DeviceProfile:
     overheads: Mapping[str, Overhead] = field(default_factory=dict)
     thread_seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    attention: Mapping[str, Mapping[str, Kernel]] = field(default_factory=dict)
 
     # -- prediction --
 
     def covers(self, inventory: Inventory) -> bool:
         """Whether this model was profiled itself: its products timed, its overhead measured."""
         return signature(inventory) in self.overheads
+
+    def is_complete(self, inventory: Inventory) -> bool:
+        """Whether nothing of this model is left to time: attention over the caches neither."""
+        timed = head_shape(inventory) is None or self.times_caches(inventory)
+        return self.covers(inventory) and timed
 
     def types_for(self, tensor: Tensor, inventory: Inventory) -> set[str]:
         """Types whose seconds are known for the tensor, by its own shape or a like one."""
@@ -207,12 +223,67 @@ class DeviceProfile:
         # Tensors of one shape and type share one reading, so errors add up rather than cancel.
         return sum(seconds for seconds, _ in parts), sum(error for _, error in parts)
 
-    def rest_seconds(self, inventory: Inventory, *, decode: bool, n_context: int = 0) -> float:
-        """Seconds per token that do not depend on types, with `n_context` tokens in the cache."""
+    def rest_seconds(
+        self,
+        inventory: Inventory,
+        *,
+        decode: bool,
+        n_context: int = 0,
+        n_prompt: int | None = None,
+        caches: Sequence[str] = USUAL_CACHES,
+    ) -> float:
+        """Seconds per token that do not depend on the weights' types.
+
+        Of a generated token with `n_context` tokens in a cache of these types (K, V), or of a
+        prompt of `n_prompt` tokens (None: as many as were timed), which look back at half of them.
+        """
         overhead = self.overhead(inventory)
+        attention = self.attention_seconds(inventory, caches, decode=decode)
         if decode:
-            return overhead.decode_rest + overhead.attention * n_context
-        return overhead.prefill_rest
+            return overhead.decode_rest + attention * n_context
+        usual = self.attention_seconds(inventory, decode=False)
+        mean = (self.n_prompt if n_prompt is None else n_prompt) / 2
+        rest = overhead.prefill_rest + attention * mean - usual * self.n_prompt / 2
+        return max(0.0, rest)
+
+    def attention_seconds(
+        self, inventory: Inventory, caches: Sequence[str] = USUAL_CACHES, *, decode: bool
+    ) -> float:
+        """Seconds per token and per token that it looks back at, all layers together.
+
+        Where attention over these types (K, V) was not timed: that of a generated token over F16,
+        and none for prompts.
+        """
+        usual = self.overhead(inventory).attention
+        base = self._layer_seconds(inventory, USUAL_CACHES, decode=True)
+        found = self._layer_seconds(inventory, caches, decode=decode)
+        if base is None or found is None:
+            return usual if decode else 0.0
+        return usual * found / base
+
+    def times_caches(self, inventory: Inventory, caches: Sequence[str] = USUAL_CACHES) -> bool:
+        """Whether attention of this model's heads over a cache of these types is known."""
+        return self._layer_seconds(inventory, caches, decode=True) is not None
+
+    def _layer_seconds(
+        self, inventory: Inventory, caches: Sequence[str], *, decode: bool
+    ) -> float | None:
+        shape = head_shape(inventory)
+
+        def timed(k: str, v: str) -> float | None:
+            kernel = self.attention.get(f"{k}/{v}", {}).get(shape.key) if shape else None
+            if kernel is None:
+                return None
+            return kernel.decode.seconds if decode else kernel.prefill.seconds
+
+        k, v = caches
+        if (direct := timed(k, v)) is not None:
+            return direct
+        of_k, of_v = timed(k, _CACHE_PIVOT), timed(_CACHE_PIVOT, v)
+        both = timed(_CACHE_PIVOT, _CACHE_PIVOT)
+        if of_k is None or of_v is None or both is None:
+            return None
+        return max(0.0, of_k + of_v - both)
 
     def overhead(self, inventory: Inventory) -> Overhead:
         """The model's own; where it was not profiled, none, and a wide error."""
@@ -220,9 +291,18 @@ class DeviceProfile:
         return known or Overhead("", 1.0, 0.0, _BORROWED_ERROR, 1.0, 0.0, _BORROWED_ERROR, 0, 0, {})
 
     def predict(
-        self, inventory: Inventory, types: Mapping[str, str], n_context: int = 0
+        self,
+        inventory: Inventory,
+        types: Mapping[str, str],
+        n_context: int = 0,
+        *,
+        n_prompt: int | None = None,
+        caches: Sequence[str] = USUAL_CACHES,
     ) -> Speed | None:
-        """Tokens/s of a map; None where a type has no timing at all on this device."""
+        """Tokens/s of a map, of a prompt and after `n_context` tokens, as in `rest_seconds`.
+
+        None where a type of the weights has no timing at all on this device.
+        """
         for tensor in inventory.quantizable:
             if types[tensor.name] not in self.types_for(tensor, inventory):
                 return None
@@ -233,7 +313,9 @@ class DeviceProfile:
             (True, overhead.decode_scale, overhead.decode_error),
         ):
             kernels, error = self.kernel_seconds(inventory, types, decode=decode)
-            rest = self.rest_seconds(inventory, decode=decode, n_context=n_context)
+            rest = self.rest_seconds(
+                inventory, decode=decode, n_context=n_context, n_prompt=n_prompt, caches=caches
+            )
             seconds = scale * kernels + rest
             relative = math.hypot(max(unexplained, _LEAST_ERROR), scale * error / seconds)
             ranges.append(Range.around(seconds, relative).inverse)
@@ -260,17 +342,20 @@ class DeviceProfile:
         provenance, data = artifacts.load(path, "device-profile")
         try:
             data["device"] = Device(**data["device"])
-            data["kernels"] = {
-                kind: {key: _kernel_from(kernel) for key, kernel in shapes.items()}
-                for kind, shapes in data["kernels"].items()
-            }
+            data.setdefault("attention", {})  # profiles of apreqel before it was timed
+            for name in ("kernels", "attention"):
+                data[name] = {
+                    kind: {key: _kernel_from(kernel) for key, kernel in shapes.items()}
+                    for kind, shapes in data[name].items()
+                }
             data["overheads"] = {
                 key: _overhead_from(overhead) for key, overhead in data["overheads"].items()
             }
             loaded = cls(provenance, **data)
-            for kind, shapes in loaded.kernels.items():
+            for kind, shapes in [*loaded.kernels.items(), *loaded.attention.items()]:
                 for key, kernel in shapes.items():
-                    parse_key(key)
+                    if kind in loaded.kernels:
+                        parse_key(key)
                     for seconds in (kernel.decode.seconds, kernel.prefill.seconds):
                         if not (isinstance(seconds, float) and 0 < seconds < math.inf):
                             raise ValueError(f"kernels.{kind}.{key}: {seconds!r} seconds")
@@ -320,6 +405,25 @@ def parse_key(key: str) -> MatrixShape:
         return MatrixShape(int(found[1]), int(found[2]))
     used, experts, inputs = int(found[3]), int(found[4]), int(found[5])
     return MatrixShape(int(found[1]), int(found[2]), experts, used, inputs)
+
+
+def head_shape(inventory: Inventory) -> HeadShape | None:
+    """Attention of one of the model's layers, as most of them have it."""
+    found = inventory.head_shape
+    return HeadShape(*found) if found else None
+
+
+def timed_caches(shape: HeadShape) -> list[tuple[str, str]]:
+    """Types of K and V to time, of which the seconds of all others follow."""
+    blocks = [(lookup(kind).block_size, kind) for kind in KV_TYPES]
+    ks = [kind for size, kind in blocks if shape.k_length % size == 0]
+    vs = [kind for size, kind in blocks if shape.v_length % size == 0]
+    return [
+        (k, v)
+        for k in ks
+        for v in vs
+        if _CACHE_PIVOT in (k, v) or not (lookup(k).is_quantized or lookup(v).is_quantized)
+    ]
 
 
 def shapes_of(inventory: Inventory) -> dict[MatrixShape, list[Tensor]]:
@@ -452,8 +556,15 @@ def load_named(name: str) -> DeviceProfile:
 
 def merged(profile: DeviceProfile, newer: DeviceProfile) -> DeviceProfile:
     """Both measurements of one device; where they meet, the newer one."""
-    kernels = {
-        kind: {**profile.kernels.get(kind, {}), **newer.kernels.get(kind, {})}
-        for kind in [*profile.kernels, *(k for k in newer.kernels if k not in profile.kernels)]
-    }
-    return replace(newer, kernels=kernels, overheads={**profile.overheads, **newer.overheads})
+    return replace(
+        newer,
+        kernels=_merged_kernels(profile.kernels, newer.kernels),
+        overheads={**profile.overheads, **newer.overheads},
+        attention=_merged_kernels(profile.attention, newer.attention),
+    )
+
+
+def _merged_kernels(
+    older: Mapping[str, Mapping[str, Kernel]], newer: Mapping[str, Mapping[str, Kernel]]
+) -> dict[str, dict[str, Kernel]]:
+    return {kind: {**older.get(kind, {}), **newer.get(kind, {})} for kind in {**older, **newer}}

@@ -14,6 +14,10 @@ from apreqel.errors import UsageError, printable
 
 FLOAT_TYPES = ("F32", "F16", "BF16")
 
+# What llama.cpp's -ctk and -ctv take, and its CPU kernels of flash attention read.
+KV_TYPES = ("F16", "BF16", "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "IQ4_NL")
+USUAL_CACHES = ("F16", "F16")  # of K and V, where nothing is said
+
 # llama.cpp never stores weights in these: activations inside kernels, or plain numbers.
 _NOT_FOR_WEIGHTS = frozenset({"Q8_1", "Q8_K", "I8", "I16", "I32", "I64", "F64"})
 

@@ -1,4 +1,4 @@
-"""Measure a device profile: products in ggml, and a few real runs to tie them to.
+"""Measure a device profile: products and attention in ggml, and a few real runs to tie them to.
 
 Machines drift: a neighbour, heat, a governor. Everything is therefore measured in rounds, each
 taking every (type, shape) pair and every real run once; what a whole round was slower than usual is
@@ -13,7 +13,7 @@ import random
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean, median, stdev
@@ -28,7 +28,7 @@ from apreqel.errors import EngineError
 from apreqel.gguf_header import ARRAY, STRING, UINT32, TensorRecord, encode_header, encode_kv
 from apreqel.inventory import read_inventory
 from apreqel.llama.footprint import measure_footprint
-from apreqel.llama.kernels import KernelBench, MatrixShape
+from apreqel.llama.kernels import CACHED_TOKENS, HeadShape, KernelBench, MatrixShape
 from apreqel.profile import (
     Anchor,
     DeviceProfile,
@@ -36,17 +36,19 @@ from apreqel.profile import (
     Overhead,
     Reading,
     default_name,
+    head_shape,
     merged,
     nearest_types,
     shapes_of,
     share_of,
     signature,
+    timed_caches,
 )
 from apreqel.qtypes import lookup, registry
 
 if TYPE_CHECKING:
     from apreqel.inventory import Inventory
-    from apreqel.llama.kernels import KernelRun
+    from apreqel.llama.kernels import TimedRun
     from apreqel.qtypes import QuantType
 
 # Accepted at this coefficient of variation; otherwise measured in further rounds, then flagged.
@@ -55,6 +57,7 @@ _LEAST_ROUNDS, _MOST_ROUNDS = 5, 8
 _ROUNDS_OF_RUNS_ALONE = 3  # where all products are known, for a model's overhead
 # Through all shapes of a type within one reading, which is the median.
 _DECODE_CYCLES, _PREFILL_CYCLES = 7, 3
+_ATTENTION_CYCLES = 1, 2
 
 # Weights that a type's shapes take together: their last use must have left the cache.
 _CACHES_FULL = 3
@@ -62,9 +65,11 @@ _LEAST_CACHE_BYTES, _UNKNOWN_CACHE_BYTES = 16 << 20, 32 << 20
 
 # A prompt's product is timed with as many of its tokens as take about this long.
 _PREFILL_SECONDS = 0.04
+_ATTENTION_SECONDS = 0.015  # the same for attention, of which there are many pairs of types
 _LEAST_PREFILL_TOKENS = 64
 
-_PROMPT_TOKENS, _GENERATED_TOKENS, _FIRST_TOKENS = 512, 32, 8
+# Prompt and answer fill two whole pages of 256 cells: threads share them, not the cells in use.
+_PROMPT_TOKENS, _GENERATED_TOKENS, _FIRST_TOKENS = 480, 32, 8
 _DISTURBED_TRIES, _COOL_DOWN_SECONDS = 3, 5.0
 _DISTURBED_IN_ALL = 30  # on a machine that is always busy the flags must do
 # Files larger than this stay where they are in memory: reading them again takes too long.
@@ -80,7 +85,8 @@ _SCALE_PRIOR, _RUN_NOISE = 0.10, 0.02
 _STANDARD = {"n_embd": 1024, "n_ff": 3072, "n_layer": 8, "n_head": 16, "n_vocab": 16384}
 
 Progress = Callable[[str, int, int], None]
-Pair = tuple[str, str]  # type name, shape key
+Pair = tuple[str, str]  # type name (of caches: K/V), shape key
+Shape = MatrixShape | HeadShape
 
 
 @dataclass(frozen=True)
@@ -233,23 +239,26 @@ class _Run:
 
     # -- products --
 
-    def _missing(
-        self, known: DeviceProfile, types: Sequence[str] | None
-    ) -> dict[str, list[MatrixShape]]:
-        """By type, the shapes that can hold it and were not timed yet."""
-        result = {}
+    def _missing(self, known: DeviceProfile, types: Sequence[str] | None) -> dict[str, list[Shape]]:
+        """By type, the shapes that can hold it and were not timed yet; attention by K/V."""
+        result: dict[str, list[Shape]] = {}
         for qtype in timed_types(self.inventory, types):
             timed = known.kernels.get(qtype.name, {})
-            shapes = [
+            shapes: list[Shape] = [
                 shape
                 for shape, tensors in shapes_of(self.inventory).items()
                 if shape.key not in timed and any(qtype.name in t.legal_types for t in tensors)
             ]
             if shapes:
                 result[qtype.name] = shapes
+        if (heads := head_shape(self.inventory)) is not None:
+            for k, v in timed_caches(heads):
+                asked = types is None or {k, v} <= set(types)
+                if asked and heads.key not in known.attention.get(f"{k}/{v}", {}):
+                    result[f"{k}/{v}"] = [heads]
         return result
 
-    def _round(self, missing: Mapping[str, Sequence[MatrixShape]]) -> None:
+    def _round(self, missing: Mapping[str, Sequence[Shape]]) -> None:
         """Every pair once. The order changes, so that no type always follows the same one."""
         order = list(missing)
         random.Random(self.decode.count).shuffle(order)
@@ -259,21 +268,43 @@ class _Run:
             for i, name in enumerate(order):
                 what = f"timing, round {self.decode.count}: {name}"
                 self.on_progress(what, (self.decode.count - 1) * len(order) + i, 0)
-                with bench.weights(lookup(name), missing[name], total) as runs:
+                with self._ready(bench, name, missing[name], total) as runs:
                     self._read(name, runs)
 
-    def _read(self, name: str, runs: Mapping[MatrixShape, KernelRun]) -> None:
-        tokens = {shape: self._prefill_tokens(run) for shape, run in runs.items()}
+    @contextmanager
+    def _ready(
+        self, bench: KernelBench, name: str, shapes: Sequence[Shape], total_bytes: int
+    ) -> Iterator[dict[Shape, TimedRun]]:
+        """What a type's products, or attention over a pair of types, are timed with."""
+        with ExitStack() as stack:
+            matrices = [shape for shape in shapes if isinstance(shape, MatrixShape)]
+            ready: dict[Shape, TimedRun] = {}
+            if matrices:
+                of_type = bench.weights(lookup(name), matrices, total_bytes)
+                for shape, run in stack.enter_context(of_type).items():
+                    ready[shape] = run
+            for heads in shapes:
+                if isinstance(heads, HeadShape):
+                    k, v = map(lookup, name.split("/"))
+                    over = bench.attention(heads, (k, v), total_bytes)
+                    ready[heads] = stack.enter_context(over)
+            yield ready
+
+    def _read(self, name: str, runs: Mapping[Shape, TimedRun]) -> None:
+        is_attention = any(isinstance(shape, HeadShape) for shape in runs)
+        cycles = _ATTENTION_CYCLES if is_attention else (_DECODE_CYCLES, _PREFILL_CYCLES)
+        wanted = _ATTENTION_SECONDS / CACHED_TOKENS if is_attention else _PREFILL_SECONDS
+        tokens = {shape: self._prefill_tokens(run, wanted) for shape, run in runs.items()}
         for run in runs.values():
             run.seconds(1)
         for attempt in range(_DISTURBED_TRIES):
-            decode: dict[MatrixShape, list[float]] = {shape: [] for shape in runs}
-            prefill: dict[MatrixShape, list[float]] = {shape: [] for shape in runs}
+            decode: dict[Shape, list[float]] = {shape: [] for shape in runs}
+            prefill: dict[Shape, list[float]] = {shape: [] for shape in runs}
             with Watch() as watch:
-                for _ in range(_DECODE_CYCLES):
+                for _ in range(cycles[0]):
                     for shape, run in runs.items():
                         decode[shape].append(run.seconds(1))
-                for _ in range(_PREFILL_CYCLES):
+                for _ in range(cycles[1]):
                     for shape, run in runs.items():
                         prefill[shape].append(run.seconds(tokens[shape], 1) / tokens[shape])
             if not self._try_again(watch.reasons, attempt):
@@ -291,20 +322,18 @@ class _Run:
         self.patience -= again
         return again
 
-    def _prefill_tokens(self, run: KernelRun) -> int:
-        """So many that one product takes about `_PREFILL_SECONDS`; at most a whole prompt."""
+    def _prefill_tokens(self, run: TimedRun, seconds: float) -> int:
+        """So many that one product takes about `seconds`; at most a whole prompt."""
         if self.n_prompt <= _LEAST_PREFILL_TOKENS:
             return self.n_prompt
         run.seconds(_LEAST_PREFILL_TOKENS, 1)
         once = run.seconds(_LEAST_PREFILL_TOKENS, 1)
-        wanted = int(_PREFILL_SECONDS / once) * _LEAST_PREFILL_TOKENS
+        wanted = int(seconds / once) * _LEAST_PREFILL_TOKENS
         tokens = max(_LEAST_PREFILL_TOKENS, min(self.n_prompt, wanted))
         run.seconds(tokens, 1)
         return tokens
 
-    def _unsteady(
-        self, missing: Mapping[str, Sequence[MatrixShape]]
-    ) -> dict[str, list[MatrixShape]]:
+    def _unsteady(self, missing: Mapping[str, Sequence[Shape]]) -> dict[str, list[Shape]]:
         """Types with a reading that still varies too much, with all their shapes."""
         result = {}
         for name, shapes in missing.items():
@@ -318,10 +347,11 @@ class _Run:
         return result
 
     def _with_kernels(
-        self, known: DeviceProfile, timed: Mapping[str, Sequence[MatrixShape]]
+        self, known: DeviceProfile, timed: Mapping[str, Sequence[Shape]]
     ) -> DeviceProfile:
         """The profile as it stands after the rounds so far."""
         kernels = {kind: dict(shapes) for kind, shapes in known.kernels.items()}
+        attention = {kind: dict(shapes) for kind, shapes in known.attention.items()}
         for name, shapes in timed.items():
             for shape in shapes:
                 pair = name, shape.key
@@ -329,10 +359,11 @@ class _Run:
                 flags = self.decode.flags[pair] | self.prefill.flags[pair]
                 if max(decode.variation, prefill.variation) > _ACCEPTED_VARIATION:
                     flags = flags | {"unsteady"}
-                kernels.setdefault(name, {})[shape.key] = Kernel(
+                rows = attention if isinstance(shape, HeadShape) else kernels
+                rows.setdefault(name, {})[shape.key] = Kernel(
                     decode, prefill, self.layouts[pair], sorted(flags)
                 )
-        return replace(known, kernels=kernels)
+        return replace(known, kernels=kernels, attention=attention)
 
     # -- real runs --
 

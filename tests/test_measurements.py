@@ -22,6 +22,7 @@ from apreqel import (
     options,
     plan,
     probing,
+    qtypes,
     quantize,
     recipes,
     sensitivity,
@@ -483,7 +484,7 @@ def test_sizes_nobody_means() -> None:
 def test_kv_cache_types_are_probed(llama_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(llama_model)
     found = kv_cache.measure_kv(inventory, SHA, texts(), 2)
-    assert set(found.k) == set(found.v) == set(kv_cache.KV_TYPES) - {"F16"} and not found.excluded
+    assert set(found.k) == set(found.v) == set(qtypes.KV_TYPES) - {"F16"} and not found.excluded
     for probes in (found.k, found.v):
         assert 0 <= probes["Q8_0"].mean < probes["Q4_0"].mean
         assert probes["Q5_1"].mean < probes["Q4_1"].mean

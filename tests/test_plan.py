@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_profile import made_up, uniform
+from test_profile import attention, made_up, uniform
 
 from apreqel import compare, explain, front, llama, memory, options, plan, recipes, timing
 from apreqel.artifacts import Provenance
@@ -179,7 +179,7 @@ def test_the_cache_is_planned_with_the_weights(inventory: Inventory) -> None:
         request = PlanRequest("accuracy", max_ram_bytes=ram, n_ctx=n_ctx)
         found = plan.solve_request(inventory, state, request, [], profile, kv)
         types = found.options.types_of(found.solution)
-        kinds = [types.pop(name) for name in options.CACHES]
+        kinds = types.pop(options.CACHES).split("/")
         chosen.append(kinds)
         size = inventory.output_size(types)
         used = memory.memory_use(profile, inventory, types, size, n_ctx, kinds).total_bytes
@@ -196,6 +196,72 @@ def test_the_cache_is_planned_with_the_weights(inventory: Inventory) -> None:
         plan.solve_request(inventory, state, beyond, [], profile, kv)
     with pytest.raises(UsageError, match="give --max-ram or --fit"):
         plan.with_longest_context(inventory, state, PlanRequest(), profile, kv, [])
+
+
+def test_seconds_of_the_cache_are_counted(rows_576_model: Path) -> None:
+    inventory = read_inventory(rows_576_model)
+    free = {"Q8_0": Estimate(0.0, 1e-6, 9), "Q5_0": Estimate(0.0, 1e-6, 9)}
+    kv, state = KvSensitivity(Provenance("s" * 64), free, free), measured(inventory)
+    timed = attention({"F16": 1.0, "Q8_0": 3.0, "Q5_0": 4.0})
+    profile = replace(made_up(inventory, SECONDS), attention=timed)
+
+    def cache(ram: int, **wishes: float) -> str:
+        request = PlanRequest("latency", max_ram_bytes=ram, max_kld_nats=9, n_ctx=2048)
+        request = replace(request, **wishes)  # type: ignore[arg-type]
+        found = plan.solve_request(inventory, state, request, [], profile, kv)
+        return found.options.types_of(found.solution)[options.CACHES]
+
+    # All weights in the fastest type, and an F16 cache: any other is slower, at no gain.
+    assert cache(10**9) == "F16/F16"
+    request = PlanRequest("memory", max_ram_bytes=10**9, max_kld_nats=9, n_ctx=2048)
+    found = plan.solve_request(inventory, state, request, [], profile, kv)
+    assert found.options.timings is not None
+    kinds = list(found.options.types[-1])
+    rows = found.options.timings.decode[-1], found.options.timings.prefill[-1]
+    assert rows[0][kinds.index("F16/F16")] == rows[1][kinds.index("F16/F16")] == 0
+    depth, half = 512 + 64, 256
+    of_pair = 0.001 * (8 - 2) / 2  # more than F16's, by token looked back at
+    assert rows[0][kinds.index("Q5_0/Q5_0")] == pytest.approx(of_pair * depth)
+    assert rows[1][kinds.index("Q5_0/Q5_0")] == pytest.approx(of_pair / 10 * half)
+    # What the F16 cache's decode leaves room for, a slower one's must not take.
+    least = found.options.sum_of(
+        found.options.timings.decode, dict.fromkeys(found.options.names, "-")
+    )
+    tight = 1 / (1.001 * (least + found.options.timings.decode_rest))
+    assert cache(10**9, min_decode_tps=tight) == "F16/F16"
+    weights = sum(float(row.min()) for row in found.options.timings.resident[:-1])
+    with pytest.raises(InfeasiblePlanError):  # memory for the least weights and no F16 cache
+        small = found.options.fixed_bytes + weights + min(found.options.timings.resident[-1])
+        cache(int(1.01 * small), min_decode_tps=tight)
+
+
+def test_the_fastest_cache_is_what_was_timed(
+    rows_576_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timing, "_LEAST_ROUNDS", 1)
+    monkeypatch.setattr(timing, "_MOST_ROUNDS", 1)
+    inventory = read_inventory(rows_576_model)
+    profile = timing.measure_profile(inventory, tmp_path, n_threads=1, types=["F16", "Q8_0"])
+    assert set(profile.attention) == {"F16/F16", "F16/Q8_0", "Q8_0/F16", "Q8_0/Q8_0"}
+    free = {"Q8_0": Estimate(0.0, 1e-6, 9)}
+    kv = KvSensitivity(Provenance("s" * 64), free, free)
+    request = PlanRequest("latency", max_ram_bytes=10**9, max_kld_nats=9, workload=(1000, 500))
+    found = plan.solve_request(inventory, measured(inventory), request, [], profile, kv)
+    assert found.options.timings is not None
+    seconds = found.options.timings.workload_seconds(1000, 500)[-1]
+    kinds = list(found.options.types[-1])
+    for pair, more in zip(kinds, seconds, strict=True):
+        k, v = pair.split("/")
+        usual, other = (
+            1000 * profile.rest_seconds(inventory, decode=False, n_prompt=1000, caches=caches)
+            + 500 * profile.rest_seconds(inventory, decode=True, n_context=1250, caches=caches)
+            for caches in (("F16", "F16"), (k, v))
+        )
+        assert more == pytest.approx(other - usual)
+    chosen = found.options.types_of(found.solution)[options.CACHES]
+    assert seconds[kinds.index(chosen)] == pytest.approx(
+        seconds.min(), abs=1e-3 * abs(seconds).max()
+    )
 
 
 def test_few_changes_against_stock(inventory: Inventory) -> None:

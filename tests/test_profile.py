@@ -16,9 +16,9 @@ from apreqel.device import Device, doubts
 from apreqel.errors import ArtifactError, UsageError
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.llama.footprint import measure_footprint
-from apreqel.llama.kernels import KernelBench, MatrixShape
+from apreqel.llama.kernels import HeadShape, KernelBench, MatrixShape
 from apreqel.profile import DeviceProfile, Kernel, Overhead, Reading
-from apreqel.qtypes import lookup
+from apreqel.qtypes import KV_TYPES, lookup
 
 SCHEMA = Path(__file__).parent.parent / "device_profiles" / "schema.json"
 
@@ -70,6 +70,20 @@ def test_products_of_experts_and_of_parts(moe_model: Path) -> None:
         assert profile.parse_key(shape.key) == shape
 
 
+def test_attention_over_every_cache() -> None:
+    heads = HeadShape(64, 32, 4, 2)
+    assert heads.key == "64/32 4/2"
+    with KernelBench(2) as bench:
+        for k, v in (("F16", "F16"), ("BF16", "Q8_0"), ("IQ4_NL", "Q5_1")):
+            with bench.attention(heads, (lookup(k), lookup(v)), 1 << 20) as run:
+                assert run.layout == "CPU" and run.seconds(1) > 0 and run.seconds(64, 1) > 0
+    pairs = profile.timed_caches(heads)
+    assert {k for k, _ in pairs} == {v for _, v in pairs} == set(KV_TYPES)
+    # Heads of 80 hold no blocks of 32.
+    floats = {("F16", "F16"), ("F16", "BF16"), ("BF16", "F16"), ("BF16", "BF16")}
+    assert set(profile.timed_caches(HeadShape(80, 80, 8, 8))) == floats
+
+
 # --- the whole profile ---------------------------------------------------------------------------
 
 
@@ -82,6 +96,11 @@ def test_profile_predicts_a_real_run(
     readings = [k.decode for shapes in measured.kernels.values() for k in shapes.values()]
     assert all(r.count >= 5 and r.seconds > 0 for r in readings)
     assert measured.covers(inventory)
+    assert measured.attention["Q8_0/IQ4_NL"]["64/64 9/3"].decode.seconds > 0
+    assert "Q4_0/IQ4_NL" not in measured.attention  # follows from others
+    for caches in (("F16", "F16"), ("F16", "Q8_0"), ("Q4_0", "IQ4_NL")):
+        assert measured.times_caches(inventory, caches)
+    assert not measured.times_caches(inventory, ("Q8_0", "Q5_1"))
     overhead = measured.overhead(inventory)
     assert 2 <= len(overhead.anchors) <= 3 and overhead.sampling > 0
     types = uniform(inventory, "Q8_0")
@@ -157,6 +176,18 @@ def made_up(inventory: Inventory, seconds: dict[str, tuple[float, float]]) -> De
     )
 
 
+def attention(seconds: dict[str, float]) -> dict[str, dict[str, Kernel]]:
+    """Timings for heads of 64: each cache takes `seconds`, of a prompt's token a tenth of it."""
+    return {
+        f"{k}/{v}": {
+            "64/64 9/3": Kernel(Reading(a + b, 0.0, 5), Reading((a + b) / 10, 0.0, 5), "CPU")
+        }
+        for k, a in seconds.items()
+        for v, b in seconds.items()
+        if "Q8_0" in (k, v) or k == v == "F16"
+    }
+
+
 def test_a_token_adds_up(rows_576_model: Path) -> None:
     inventory = read_inventory(rows_576_model)
     made = made_up(inventory, {"F16": (4.0, 1.0), "Q8_0": (2.0, 0.5)})
@@ -170,6 +201,31 @@ def test_a_token_adds_up(rows_576_model: Path) -> None:
     # Of a prompt only the last token needs the head.
     assert 1 / speed.prefill.value == pytest.approx(3 * (body + 2 * head / 512) + 0.25)
     assert made.predict(inventory, uniform(inventory, "Q4_0")) is None
+
+
+def test_attention_adds_up(rows_576_model: Path) -> None:
+    inventory = read_inventory(rows_576_model)
+    plain = made_up(inventory, {"F16": (4.0, 1.0)})
+    made = replace(plain, attention=attention({"F16": 1.0, "Q8_0": 3.0, "Q5_0": 4.0}))
+    # Real runs took 0.001 s a token of context over F16: all else goes by ggml's ratios to that.
+    for caches, ratio in ((("F16", "F16"), 2), (("F16", "Q8_0"), 4), (("Q5_0", "Q5_0"), 8)):
+        decode = made.rest_seconds(inventory, decode=True, n_context=100, caches=caches)
+        assert decode == pytest.approx(0.5 + 100 * 0.001 * ratio / 2)
+        prefill = made.rest_seconds(inventory, decode=False, n_prompt=1000, caches=caches)
+        assert prefill == pytest.approx(0.25 + 0.001 / 2 / 10 * (500 * ratio - 256 * 2))
+    assert made.rest_seconds(inventory, decode=False) == 0.25
+    types = uniform(inventory, "F16")
+    fast, slow = (
+        made.predict(inventory, types, 100, n_prompt=1000, caches=caches)
+        for caches in (("F16", "F16"), ("Q5_0", "Q8_0"))
+    )
+    assert fast and slow
+    assert slow.decode.value < fast.decode.value and slow.prefill.value < fast.prefill.value
+    # An older profile has no such timings.
+    for caches in (("F16", "F16"), ("Q8_0", "Q8_0")):
+        assert plain.rest_seconds(inventory, decode=True, n_context=100, caches=caches) == 0.6
+        assert plain.rest_seconds(inventory, decode=False, n_prompt=9, caches=caches) == 0.25
+        assert not plain.times_caches(inventory, caches) and not plain.is_complete(inventory)
 
 
 def test_shapes_never_timed_borrow_from_the_nearest(
@@ -266,8 +322,10 @@ def test_a_disturbed_reading_is_taken_again(
     monkeypatch.setattr(timing, "_MOST_ROUNDS", 1)
     inventory = read_inventory(rows_576_model)
     measured = timing.measure_profile(inventory, tmp_path, n_threads=1, types=["Q8_0"])
-    assert Disturbed.count == 3 + 3  # one type and one anchor, each three times
-    assert all("paging" in k.flags for k in measured.kernels["Q8_0"].values())
+    # One type, attention over caches of it and one anchor, each three times.
+    assert Disturbed.count == 3 + 3 + 3
+    rows = [*measured.kernels["Q8_0"].values(), *measured.attention["Q8_0/Q8_0"].values()]
+    assert all("paging" in k.flags for k in rows)
 
 
 def test_threads_are_tuned(rows_576_model: Path, tmp_path: Path) -> None:

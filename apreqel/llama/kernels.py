@@ -1,10 +1,11 @@
-"""Matrix products in ggml, timed one shape and type at a time, as llama.cpp would run them.
+"""Matrix products and attention in ggml, timed by shape and type, as llama.cpp would run them.
 
 Weights lie in the buffer type that llama.cpp itself would choose for them: the backends are asked
 in its order (make_cpu_buft_list and weight_buft_supported in llama.cpp's src), so that a layout
 repacked for this CPU is timed as such. The copies of a set together are larger than the last-level
 cache and are used in turn: when a product runs again, its weights have left the cache, as they have
-between two tokens of a real model.
+between two tokens of a real model. Attention (flash) reads KV caches of `CACHED_TOKENS` tokens,
+laid out as llama.cpp's are.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Bytes = npt.NDArray[np.uint8]
 
-_F32, _I32 = 0, 26  # ggml types
+_F32, _F16, _I32 = 0, 1, 26  # ggml types
 _ALIGNMENT = 32  # of tensors in a GGUF
 _DEVICE_CPU, _DEVICE_ACCEL = 0, 3
 _USAGE_WEIGHTS = 1
@@ -41,6 +42,15 @@ _ROWS_QUANTISED = 32
 
 # llama.cpp asks with a batch of this many tokens whether a backend can do a product.
 _TOKENS_ASKED = 512
+
+# So many tokens are looked back at when attention is timed: ggml splits an F16 cache among threads
+# from 512 on.
+CACHED_TOKENS = 512
+# Small caches all fit the last level together, which then costs little: few bytes, much to compute.
+_MOST_CACHES = 96
+_ATTENTION_TENSORS = 6  # of one attention in a graph: K, V and queries, turned, and the result
+_PRECISION_F32 = 10  # GGML_PREC_F32, as llama.cpp asks for
+_ANY_SCALE = 0.1  # of queries times keys; so that, of noise, many tokens count
 
 
 @dataclass(frozen=True, order=True)
@@ -71,6 +81,21 @@ class MatrixShape:
         return self.row_length * self.n_rows * max(1, self.n_used)
 
 
+@dataclass(frozen=True, order=True)
+class HeadShape:
+    """Attention of one layer: the length of a key and of a value, and the numbers of heads."""
+
+    k_length: int
+    v_length: int
+    n_heads: int
+    n_kv_heads: int
+
+    @property
+    def key(self) -> str:
+        """'64/64 9/3': keys and values of 64, nine heads over three of keys and values."""
+        return f"{self.k_length}/{self.v_length} {self.n_heads}/{self.n_kv_heads}"
+
+
 class _InitParams(ctypes.Structure):
     """struct ggml_init_params (ggml.h)."""
 
@@ -96,6 +121,9 @@ def _ggml() -> Any:
         "ggml_graph_overhead_custom": (size, [size, ctypes.c_bool]),
         "ggml_new_tensor_2d": (pointer, [pointer, ctypes.c_int, number, number]),
         "ggml_new_tensor_3d": (pointer, [pointer, ctypes.c_int, number, number, number]),
+        "ggml_permute": (pointer, [pointer, pointer, *[ctypes.c_int] * 4]),
+        "ggml_flash_attn_ext": (pointer, [pointer] * 5 + [ctypes.c_float] * 3),
+        "ggml_flash_attn_ext_set_prec": (None, [pointer, ctypes.c_int]),
         "ggml_mul_mat": (pointer, [pointer, pointer, pointer]),
         "ggml_mul_mat_id": (pointer, [pointer, pointer, pointer, pointer]),
         "ggml_new_graph_custom": (pointer, [pointer, size, ctypes.c_bool]),
@@ -214,6 +242,53 @@ class KernelBench:
             yield {shape: stack.enter_context(self._run(qtype, shape, share)) for shape in shapes}
 
     @contextmanager
+    def attention(
+        self, shape: HeadShape, types: tuple[QuantType, QuantType], total_bytes: int
+    ) -> Iterator[AttentionRun]:
+        """KV caches of one layer in `types` (K, V), at most `total_bytes` together, to be timed.
+
+        Raises EngineError where no backend attends over such a cache.
+        """
+        g, rows = _ggml(), shape.n_kv_heads * CACHED_TOKENS
+        lengths = shape.k_length, shape.v_length
+        one_bytes = sum(t.size_bytes((n, rows)) for t, n in zip(types, lengths, strict=True))
+        with ExitStack() as stack:
+            n_copies = min(_MOST_CACHES, max(1, total_bytes // one_bytes))
+            context = stack.enter_context(_context(2 * n_copies))
+            caches = [
+                tuple(_cache(context, t, n, shape) for t, n in zip(types, lengths, strict=True))
+                for _ in range(n_copies)
+            ]
+            device = self._attending(shape, caches[0])
+            buffer_type = g.ggml_backend_dev_buffer_type(device)
+            buffer = g.ggml_backend_alloc_ctx_tensors_from_buft(context, buffer_type)
+            if not buffer:
+                raise EngineError(f"no memory for {n_copies * one_bytes / 1e6:.0f} MB of KV cache")
+            stack.callback(g.ggml_backend_buffer_free, buffer)
+            for i, (qtype, length) in enumerate(zip(types, lengths, strict=True)):
+                content = np.resize(_noise(qtype, length), qtype.size_bytes((length, rows)))
+                for pair in caches:
+                    g.ggml_backend_tensor_set(pair[i], content.ctypes.data, 0, content.nbytes)
+            run = AttentionRun(
+                self._backends[device],
+                buffer_type,
+                shape,
+                caches,
+                str(g.ggml_backend_buft_name(buffer_type).decode()),
+            )
+            stack.callback(run.close)
+            yield run
+
+    def _attending(self, shape: HeadShape, cache: tuple[int, ...]) -> int:
+        """The first device that attends over such a cache. Raises EngineError."""
+        with _context(2 * _ATTENTION_TENSORS) as context:
+            attended = _attention(context, cache, *_queries(context, shape, 1))
+            for device in self._backends:
+                if _ggml().ggml_backend_dev_supports_op(device, attended):
+                    return int(device)
+        raise EngineError(f"no backend here attends with heads of {shape.key} over this cache")
+
+    @contextmanager
     def _run(self, qtype: QuantType, shape: MatrixShape, share: int) -> Iterator[KernelRun]:
         device, buffer_type = self._place(qtype, shape)
         # A matrix larger than its share is timed by a part of its rows: products are linear in
@@ -288,21 +363,12 @@ def _mapped(copies: Sequence[int], content: Bytes) -> Iterator[None]:
         place.close()
 
 
-class KernelRun:
-    """Copies of one matrix; `seconds` multiplies them in turn."""
+class TimedRun:
+    """One operation over copies of what it reads; `seconds` runs it over them in turn."""
 
-    def __init__(
-        self,
-        backend: int,
-        plain: int,
-        shape: MatrixShape,
-        copies: Sequence[int],
-        scale: float,
-        layout: str,
-    ) -> None:
+    def __init__(self, backend: int, plain: int, scale: float, layout: str) -> None:
         self.layout = layout
-        self._backend, self._plain, self._shape = backend, plain, shape
-        self._copies, self._scale = copies, scale
+        self._backend, self._plain, self._scale = backend, plain, scale
         self._graphs: dict[tuple[int, int], tuple[int, ExitStack]] = {}
 
     def close(self) -> None:
@@ -325,6 +391,35 @@ class KernelRun:
         return elapsed / count * self._scale
 
     def _products_per_round(self) -> int:
+        raise NotImplementedError
+
+    def _graph(self, n_tokens: int, count: int) -> tuple[int, ExitStack]:
+        raise NotImplementedError
+
+    def _inputs(self, context: int, stack: ExitStack) -> None:
+        """Memory for every tensor of the context that has none."""
+        buffer = _ggml().ggml_backend_alloc_ctx_tensors_from_buft(context, self._plain)
+        if not buffer:
+            raise EngineError("no memory for the activations of a timed product")
+        stack.callback(_ggml().ggml_backend_buffer_free, buffer)
+
+
+class KernelRun(TimedRun):
+    """Copies of one matrix; `seconds` multiplies them in turn."""
+
+    def __init__(
+        self,
+        backend: int,
+        plain: int,
+        shape: MatrixShape,
+        copies: Sequence[int],
+        scale: float,
+        layout: str,
+    ) -> None:
+        super().__init__(backend, plain, scale, layout)
+        self._shape, self._copies = shape, copies
+
+    def _products_per_round(self) -> int:
         """So many that all weights were read once, experts included."""
         experts = max(1, self._shape.n_experts) // max(1, self._shape.n_used)
         return len(self._copies) * max(1, experts)
@@ -342,10 +437,7 @@ class KernelRun:
                 chosen.append(experts)
             product = _product(context, weight, activations, experts)
             g.ggml_build_forward_expand(graph, product)
-        buffer = g.ggml_backend_alloc_ctx_tensors_from_buft(context, self._plain)
-        if not buffer:
-            raise EngineError("no memory for the activations of a timed product")
-        stack.callback(g.ggml_backend_buffer_free, buffer)
+        self._inputs(context, stack)
         random = np.random.default_rng(0)
         per_token = max(1, self._shape.inputs_per_token)
         x = random.standard_normal((n_tokens, per_token, self._shape.row_length), np.float32)
@@ -354,6 +446,41 @@ class KernelRun:
             order = random.random((n_tokens, self._shape.n_experts)).argsort(axis=1)
             used = np.ascontiguousarray(order[:, : self._shape.n_used], np.int32)
             g.ggml_backend_tensor_set(experts, used.ctypes.data, 0, used.nbytes)
+        return graph, stack
+
+
+class AttentionRun(TimedRun):
+    """KV caches of one layer; `seconds`, of one cached token, attends over them in turn."""
+
+    def __init__(
+        self,
+        backend: int,
+        plain: int,
+        shape: HeadShape,
+        caches: Sequence[tuple[int, ...]],
+        layout: str,
+    ) -> None:
+        super().__init__(backend, plain, 1 / CACHED_TOKENS, layout)
+        self._shape, self._caches = shape, caches
+
+    def _products_per_round(self) -> int:
+        return len(self._caches)
+
+    def _graph(self, n_tokens: int, count: int) -> tuple[int, ExitStack]:
+        g, stack = _ggml(), ExitStack()
+        size = _ATTENTION_TENSORS * (count + 1)
+        context = stack.enter_context(_context(size, graph_nodes=size))
+        graph = g.ggml_new_graph_custom(context, size, False)
+        queries, mask = _queries(context, self._shape, n_tokens)
+        for i in range(count):
+            cache = self._caches[i % len(self._caches)]
+            g.ggml_build_forward_expand(graph, _attention(context, cache, queries, mask))
+        self._inputs(context, stack)
+        rows = n_tokens * self._shape.n_heads, self._shape.k_length
+        noise = np.random.default_rng(0).standard_normal(rows, np.float32)
+        g.ggml_backend_tensor_set(queries, noise.ctypes.data, 0, noise.nbytes)
+        nothing = np.zeros((n_tokens, CACHED_TOKENS), np.float16)
+        g.ggml_backend_tensor_set(mask, nothing.ctypes.data, 0, nothing.nbytes)
         return graph, stack
 
 
@@ -396,6 +523,28 @@ def _product(context: int, weight: int, activations: int, experts: int | None) -
     if experts is None:
         return int(g.ggml_mul_mat(context, weight, activations))
     return int(g.ggml_mul_mat_id(context, weight, activations, experts))
+
+
+def _cache(context: int, qtype: QuantType, length: int, shape: HeadShape) -> int:
+    """Keys or values as llama.cpp keeps them: a token's heads lie together."""
+    g = _ggml()
+    made = g.ggml_new_tensor_3d(context, qtype.ggml_id, length, shape.n_kv_heads, CACHED_TOKENS)
+    return int(made)
+
+
+def _queries(context: int, shape: HeadShape, n_tokens: int) -> tuple[int, int]:
+    """Queries of `n_tokens` tokens, and which cached tokens they may look at."""
+    g = _ggml()
+    queries = g.ggml_new_tensor_3d(context, _F32, shape.k_length, shape.n_heads, n_tokens)
+    return int(queries), int(g.ggml_new_tensor_2d(context, _F16, CACHED_TOKENS, n_tokens))
+
+
+def _attention(context: int, cache: tuple[int, ...], queries: int, mask: int) -> int:
+    g = _ggml()
+    by_head = [g.ggml_permute(context, tensor, 0, 2, 1, 3) for tensor in (queries, *cache)]
+    attended = g.ggml_flash_attn_ext(context, *by_head, mask, _ANY_SCALE, 0.0, 0.0)
+    g.ggml_flash_attn_ext_set_prec(attended, _PRECISION_F32)
+    return int(attended)
 
 
 @lru_cache(maxsize=256)
