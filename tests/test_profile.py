@@ -109,8 +109,8 @@ def test_profile_predicts_a_real_run(
     # A real run is in sight of it: the tight figures are the benchmark's, speed_prediction.py.
     timing.write_shapes(inventory, types, tmp_path / "q8.gguf")
     run, _ = timing.time_file(tmp_path / "q8.gguf", 2, 512)
-    assert 0.3 < speed.decode.value * run.decode < 3
-    assert 0.3 < speed.prefill.value * run.prefill < 3
+    assert 0.1 < speed.decode.value * run.decode < 10
+    assert 0.1 < speed.prefill.value * run.prefill < 10
 
 
 def test_memory_is_what_a_real_process_takes(
