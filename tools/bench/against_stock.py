@@ -31,6 +31,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--presets", nargs="*", default=PRESETS)
     parser.add_argument("--no-uniform", action="store_true")
+    parser.add_argument("--no-smallest", action="store_true")
     args = parser.parse_args()
     with pipeline.open_workspace(
         args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
@@ -69,11 +70,12 @@ def main() -> None:
                     if label not in files:
                         files[label] = write(label, types, records)
                     pairs.append((ours, label))
-        request = PlanRequest("memory")
-        made, _ = pipeline.plan(space, request, state, imatrix, None, space.folder / "memory.json")
-        files["smallest"] = write("smallest", dict(made.types), made.extra_metadata())
-        predicted["smallest"] = made
-        if "Q4_K_M" in files:
+        if "Q4_K_M" in files and not args.no_smallest:
+            request = PlanRequest("memory")
+            path = space.folder / "memory.json"
+            made, _ = pipeline.plan(space, request, state, imatrix, None, path)
+            files["smallest"] = write("smallest", dict(made.types), made.extra_metadata())
+            predicted["smallest"] = made
             pairs.append(("smallest", "Q4_K_M"))
         text = OnText(
             space.inventory.files[0],
