@@ -1,7 +1,8 @@
 """Texts, tokens, and which of them may be used for what.
 
 Calibration text comes with apreqel (`calib_data/`) or from the user. Its chunks are dealt out to
-two sets that share no token: one to fit the imatrix, one to judge errors and probe damage.
+three sets that share no token: to fit the imatrix, to judge errors and probe damage, and to try
+whole files on.
 Verification reads another text altogether (`heldout.txt`), or the user's own.
 """
 
@@ -27,7 +28,7 @@ Tokens = npt.NDArray[np.int32]
 HELDOUT_NAME = "heldout.txt"
 
 # Fewer long chunks than this cannot be shared out between three uses.
-_LEAST_STRETCHES = 4
+_LEAST_STRETCHES = 8
 _PROBE_STRIDE = 8
 
 

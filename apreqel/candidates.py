@@ -6,21 +6,22 @@ plan's file lies beyond it, or could come closer to it, the plan is made again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from apreqel.errors import InfeasiblePlanError
 from apreqel.knapsack import Limit, solve
-from apreqel.options import Options, build_options
+from apreqel.options import CACHES, Options, build_options
 from apreqel.plan import (
     DEFAULT_PRESET,
     Plan,
-    PlanRequest,
+    Planner,
+    Solved,
     TrialResult,
-    encode_metadata,
-    plan_of_map,
     stock_map,
 )
 from apreqel.qtypes import lookup
@@ -44,74 +45,68 @@ _ROUNDS = 5
 _NEAR = 0.97
 
 
-def confirmed_plan(
-    make: Callable[[float], Plan],
-    request: PlanRequest,
-    inventory: Inventory,
-    sensitivity: Sensitivity,
-    trials: Trials,
-) -> Plan:
-    """`make(ease)` plans; the answer is the best of what was measured, with the trials in it.
+def confirmed_plan(planner: Planner, trials: Trials) -> Plan:
+    """The plan that real files bear out, with the trials in it.
 
-    Raises what `make` raises, EngineError, OutputError.
+    Where bytes decide, the least KLD of the plan and its rivals, if these meet all limits, too.
+    Where there is a limit on damage, the best plan that keeps to it as measured; if none was
+    found the nearest, with `beyond_limit` set. Raises what `Planner.solve` raises, EngineError,
+    OutputError.
     """
-    target = _target(make, request, inventory, sensitivity, trials)
-    if target is None:
-        made, trial = _tried(make, 1.0, trials)
-    else:
-        made, trial = _within(make, target, trials)
-    sensitivity.knots = trials.knots
-    sensitivity.renew_model()
-    rivals = [
-        trials.measure(label, types)
-        for label, types in rival_maps(made, request, inventory, sensitivity)
-    ]
-    limit = target if target is not None and trial.kld.mean > target else None
-    better = [r for r in rivals if r.kld.mean < trial.kld.mean]
+    state, request = planner.sensitivity, planner.request
+    target = _target(planner, trials)
+    solved, trial = _within(planner, target, trials)
+    state.knots = trials.knots
+    state.renew_model()
+    made, chosen = planner.plan(solved), trial
+    rivals = [trials.measure(label, types) for label, types in rival_maps(planner, solved)]
     notes = list(made.notes)
-    if limit is not None:
+    beyond = target is not None and _loss(planner, solved, trial) > target
+    if beyond:
         notes.append(
-            f"as a real file it measures {trial.kld.mean:.5f} nats, beyond the limit of "
-            f"{limit:.5f}; a little more room (--max-size, --max-ram) helps"
+            f"as a real file it measures {_loss(planner, solved, trial):.5f} nats, beyond the "
+            f"limit of {target:.5f}; no plan was found that keeps to it and to the other limits"
         )
-    chosen = trial
-    if better and request.prefer in ("accuracy", "balanced"):
+    better = [r for r in rivals if r.kld.mean < trial.kld.mean and solved.allows(r.types)]
+    by_closeness = request.prefer in ("accuracy", "balanced") and not request.weights
+    if better and by_closeness and state.metric == "kld":
         chosen = min(better, key=lambda r: r.kld.mean)
-        made = plan_of_map(made, inventory, sensitivity, chosen.types)
+        made = planner.plan(solved, chosen.types)
         notes.append(f"{chosen.label} measured better than the planned map and was taken instead")
-    predicted = sensitivity.model.total(chosen.types)
     return replace(
         made,
-        kld_nats=predicted.nats + made.beside_nats,
-        kld_interval=tuple(bound + made.beside_nats for bound in predicted.interval),
         notes=notes,
+        beyond_limit=beyond,
         trials=[_result(t, chosen) for t in (trial, *rivals)],
     )
 
 
 def better(plan: Plan, refined: Plan) -> Plan:
     """Which of two measured plans serves the priority better; with a note on what refining did."""
-    a, b = (_merit(p) for p in (plan, refined))
     changed = sum(plan.types[name] != kind for name, kind in refined.types.items())
-    n = len(refined.exchanges)
-    klds = [next(t.kld.mean for t in p.trials if t.ratio == 1.0) for p in (plan, refined)]
-    what = f"{n} exchanges around the plan were probed"
+    what = f"{len(refined.exchanges)} exchanges around the plan were probed"
     if not changed:
         return replace(plan, notes=[*plan.notes, f"{what}; they change nothing"])
-    tried = f"{changed} other types: {klds[1]:.5f} nats as a real file against {klds[0]:.5f}"
-    if b < a:
+    before, after = (_measured(p) for p in (plan, refined))
+    tried = f"{changed} other types: {after:.5f} nats as a real file against {before:.5f}"
+    if _merit(refined) < _merit(plan):
         return replace(refined, notes=[*refined.notes, f"{what} and led to {tried}"])
     return replace(plan, notes=[*plan.notes, f"{what} and led to {tried}; not taken"])
 
 
-def _merit(plan: Plan) -> float:
-    """What the priority wants least of."""
+def _measured(plan: Plan) -> float:
+    return next(t.kld.mean for t in plan.trials if t.is_taken)
+
+
+def _merit(plan: Plan) -> tuple[bool, float]:
+    """What the priority wants least of; first of all that limits are kept."""
     if plan.prefer == "memory":
-        return float(plan.size_bytes)
+        return plan.beyond_limit, float(plan.size_bytes)
     if plan.prefer == "latency" and plan.speed is not None:
         n_prompt, n_generated = plan.provenance.settings["workload"]
-        return float(n_prompt / plan.speed.prefill.value + n_generated / plan.speed.decode.value)
-    return next(t.kld.mean for t in plan.trials if t.ratio == 1.0)
+        seconds = n_prompt / plan.speed.prefill.value + n_generated / plan.speed.decode.value
+        return plan.beyond_limit, float(seconds)
+    return plan.beyond_limit, _measured(plan)
 
 
 def try_ladder(
@@ -131,26 +126,37 @@ def try_ladder(
     least = sum(float(row.min()) for row in options.sizes)
     bits = np.linspace(_LADDER_BITS[0], _LADDER_BITS[1], count + 2)[1:-1]
     budgets = [b * n_weights / 8 for b in bits if b * n_weights / 8 > least]
-    for budget in budgets[len(trials.knots) :]:
+    for budget in budgets:
         solution = solve(options.damages, [Limit("size", options.sizes, budget)])
-        trials.measure("plan", own | options.types_of(solution))
+        trials.measure("ladder", own | options.types_of(solution))
     sensitivity.knots = trials.knots
     sensitivity.renew_model()
 
 
-def _tried(make: Callable[[float], Plan], ease: float, trials: Trials) -> tuple[Plan, Trial]:
-    made = make(ease)
-    return made, trials.measure("plan", made.types)
+def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Solved, Trial]:
+    """The plan as solved or, with a target, the one that comes closest to it from below.
 
-
-def _within(make: Callable[[float], Plan], target: float, trials: Trials) -> tuple[Plan, Trial]:
-    """The plan that comes closest to `target` nats from below, as measured."""
+    Where damage is not what is traded for size or speed, a plan below the target is left alone.
+    """
+    request = planner.request
+    uses_room = request.prefer in ("memory", "latency") and not request.weights
     ease = 1.0
-    found: list[tuple[float, float, Plan, Trial]] = []
+    found: list[tuple[float, float, Solved, Trial]] = []
     for _ in range(_ROUNDS):
-        made, trial = _tried(make, ease, trials)
-        found.append((trial.kld.mean / target, ease, made, trial))
-        if _NEAR <= found[-1][0] <= 1:
+        try:
+            solved = planner.solve(ease)
+        except InfeasiblePlanError:
+            if not found:
+                raise
+            break
+        types = planner.plan(solved).types
+        trial = trials.measure("plan", types)
+        if target is None:
+            return solved, trial
+        loss = _loss(planner, solved, trial)
+        ratio = loss / target if target > 0 else math.inf
+        found.append((ratio, ease, solved, trial))
+        if (_NEAR <= ratio <= 1) or (ratio <= 1 and not uses_room) or not 0 < ratio < math.inf:
             break
         ease = _next_ease([(ratio, tried) for ratio, tried, *_ in found])
     below = [row for row in found if row[0] <= 1]
@@ -158,8 +164,13 @@ def _within(make: Callable[[float], Plan], target: float, trials: Trials) -> tup
     return best[2], best[3]
 
 
+def _loss(planner: Planner, solved: Solved, trial: Trial) -> float:
+    """What a run would lose with this file: as measured, and beside the weights as predicted."""
+    return trial.kld.mean + planner.plan(solved).beside_nats
+
+
 def _next_ease(found: Sequence[tuple[float, float]]) -> float:
-    """Where to look for a ratio just below 1, from (ratio, ease) so far: a secant, or a step."""
+    """Where to look for a ratio just below 1, from (ratio, ease) so far: a secant in logarithms."""
     below = max((row for row in found if row[0] <= 1), default=None)
     above = min((row for row in found if row[0] > 1), default=None)
     aim = (_NEAR + 1) / 2
@@ -167,43 +178,54 @@ def _next_ease(found: Sequence[tuple[float, float]]) -> float:
         part = np.log(aim / below[0]) / np.log(above[0] / below[0])
         return float(below[1] * (above[1] / below[1]) ** np.clip(part, 0.1, 0.9))
     ratio, ease = found[-1]
-    return float(ease * np.clip(aim / ratio, 0.5, 2.0))
+    # Files answer less than the limit is moved by: step farther the longer it takes.
+    step = (aim / ratio) ** len(found)
+    return float(ease * np.clip(step, 0.4, 2.5))
 
 
-def _target(
-    make: Callable[[float], Plan],
-    request: PlanRequest,
-    inventory: Inventory,
-    sensitivity: Sensitivity,
-    trials: Trials,
-) -> float | None:
-    """The weights' damage that must not be passed, as real files measure it; None for no limit."""
+def _target(planner: Planner, trials: Trials) -> float | None:
+    """The damage that must not be passed, in nats of a real run; None for no such limit."""
+    request, state = planner.request, planner.sensitivity
+    if state.metric != "kld":
+        return None  # real files are measured in KLD
     if request.max_kld_nats is not None:
-        return request.max_kld_nats - make(1.0).beside_nats
+        return request.max_kld_nats
     if request.prefer in ("memory", "latency") and not request.weights:
-        types = stock_map(inventory, sensitivity, DEFAULT_PRESET)
-        return trials.measure(f"stock {DEFAULT_PRESET}", types).kld.mean
+        types = stock_map(planner.inventory, state, DEFAULT_PRESET)
+        experts = planner.experts.damage_nats if planner.experts else 0.0
+        return trials.measure(f"stock {DEFAULT_PRESET}", types).kld.mean + experts
     return None
 
 
 def _result(trial: Trial, chosen: Trial) -> TrialResult:
     ratio, low, high = chosen.ratio(trial)
-    return TrialResult(trial.label, trial.size_bytes, trial.kld, trial.kld_p999, ratio, (low, high))
+    return TrialResult(
+        trial.label,
+        trial.size_bytes,
+        trial.kld,
+        trial.kld_p999,
+        ratio,
+        (low, high),
+        trial is chosen,
+    )
 
 
-def rival_maps(
-    plan: Plan, request: PlanRequest, inventory: Inventory, sensitivity: Sensitivity
-) -> Iterator[tuple[str, dict[str, str]]]:
-    """The stock map and the uniform one of least predicted damage at no more bytes than `plan`."""
-    records = encode_metadata(plan.metadata)
-    options = build_options(inventory, sensitivity, records, constraints=request.constraints)
+def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
+    """The stock map and the uniform one of least predicted damage at no more bytes."""
+    inventory, sensitivity = planner.inventory, planner.sensitivity
+    options = replace(
+        solved.options,
+        names=[n for n in solved.options.names if n != CACHES],
+    )
+    chosen = zip(options.names, options.sizes, solved.solution.choice, strict=False)
+    data_bytes = sum(float(row[c]) for _, row, c in chosen)
     own = {t.name: t.qtype.name for t in inventory.tensors}
     groups: Sequence[Mapping[str, dict[str, str]]] = (
         {f"stock {name}": stock_map(inventory, sensitivity, name) for name in STOCK},
         {f"uniform {k}": own | types for k, types in uniform_maps(options).items()},
     )
     for group in groups:
-        best = best_fitting(group, options, plan.size_bytes - options.fixed_bytes)
+        best = best_fitting(group, options, data_bytes)
         if best is not None:
             yield best, group[best]
 
@@ -214,7 +236,7 @@ def best_fitting(
     """Of the maps whose types were all measured and take at most `data_bytes`, the closest one."""
     totals = {}
     for label, types in maps.items():
-        rows = zip(options.names, options.types, options.sizes, options.damages, strict=True)
+        rows = zip(options.names, options.types, options.sizes, options.damages, strict=False)
         chosen = [(sizes, damages, kinds.index(t)) for name, kinds, sizes, damages in rows
                   if (t := types[name]) in kinds]  # fmt: skip
         if len(chosen) == len(options.names) and sum(s[j] for s, _, j in chosen) <= data_bytes:
@@ -229,7 +251,7 @@ def uniform_maps(options: Options) -> dict[str, dict[str, str]]:
         bits = lookup(kind).bits_per_weight
         made[kind] = {
             name: kind if kind in row else min(row, key=lambda t: _distance(t, bits))
-            for name, row in zip(options.names, options.types, strict=True)
+            for name, row in zip(options.names, options.types, strict=False)
         }
     return made
 

@@ -269,12 +269,13 @@ def plan(
     """Choose a quant type for every tensor; probes and profiles first where that is missing."""
     from apreqel import console, pipeline
 
-    wishes = dict(locals())
+    wishes, wanted = dict(locals()), _effort(effort, minutes)
+    _check_together(metric, refine, unchecked, bool(front or ladder), max_kld)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = _request(space, wishes)
         known = pipeline.measured(space)
         if known is None:
-            known = pipeline.probe(space, effort=_effort(effort, minutes), texts=_texts(None))
+            known = pipeline.probe(space, effort=wanted, texts=_texts(None))
         pipeline.use_metric(known[0], metric)
         timed = pipeline.profile_for(space, request, device)
         if front:
@@ -507,6 +508,23 @@ def _effort(name: str, minutes: float | None) -> Effort:
     from apreqel.sensitivity import effort_from
 
     return effort_from(name, minutes)
+
+
+def _check_together(
+    metric: str, refine: bool, unchecked: bool, many: bool, max_kld: float | None
+) -> None:
+    """Raise UsageError for options of `plan` that contradict each other, before any work."""
+    from apreqel.damage import METRICS
+
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
+    if metric != "kld" and max_kld is not None:
+        raise UsageError("--max-kld limits KL divergence; with --metric perplexity leave it out")
+    if refine and (unchecked or many or metric != "kld"):
+        raise UsageError(
+            "--refine compares real files of one plan by KL divergence: not with --unchecked, "
+            "--front, --ladder or --metric perplexity"
+        )
 
 
 def _texts(paths: Sequence[Path] | None) -> list[Text]:

@@ -385,7 +385,7 @@ def show_sensitivity(state: Sensitivity, count: int = 12) -> None:
         )
     if found.n_unresolved:
         _print(f"{found.n_unresolved} tensors' effects are below the noise: unresolved, not ranked")
-    if not state.settled:
+    if not state.settled and state.effort != "thorough":
         _print("more probes could still improve plans a little: --effort thorough")
     for pair, reason in state.excluded.items():
         _print(f"left out: {pair}: {reason}")
@@ -394,14 +394,17 @@ def show_sensitivity(state: Sensitivity, count: int = 12) -> None:
 # --- plan, quantize, verify ----------------------------------------------------------------------
 
 
+_METRIC_NAMES = {"kld": "KL divergence", "perplexity": "change of the loss"}
+
+
 def show_plan(plan: Plan, path: Path) -> None:
     kinds = ", ".join(f"{count} {name}" for name, count in plan.counts.items())
     _print(
         f"{plan.prefer}: {size(plan.size_bytes)} ({plan.size_bytes:,} bytes), "
         f"{plan.bits_per_weight:.3f} bits per weight\n"
         f"tensors: {kinds}\n"
-        f"predicted KL divergence: {plan.kld_nats:.5f} nats (95%: {plan.kld_interval[0]:.5f} to "
-        f"{plan.kld_interval[1]:.5f})\n"
+        f"predicted {_METRIC_NAMES[plan.metric]}: {plan.kld_nats:.5f} nats (95%: "
+        f"{plan.kld_interval[0]:.5f} to {plan.kld_interval[1]:.5f})\n"
         f"solved in {plan.solver_seconds:.2f} s, proven within {plan.gap:.1e} of the optimum"
     )
     _show_experts(plan)

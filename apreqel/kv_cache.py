@@ -113,7 +113,7 @@ def measure_kv(
 
 
 def probe_tokens(model: llama.LoadedModel, texts: Sequence[Text]) -> TokenSet:
-    """Calibration text in long chunks, none of it the imatrix's. Raises CalibrationError."""
+    """Calibration text in long chunks. Raises CalibrationError."""
     return calibration.split_for_calibration(
         model, texts, check_chunks=PROBE_CHUNKS, n_ctx=PROBE_CTX
     ).check

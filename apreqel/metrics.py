@@ -24,6 +24,8 @@ _ROWS_AT_ONCE = 8
 
 # Two-sided 95% of a normal distribution.
 _Z95 = 1.959964
+# Where a rival is the reference itself, a ratio to it is taken to this.
+_LEAST_NATS = 1e-9
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,16 @@ def ratio_interval(
 
     Delta method on the per-chunk means; the pairing takes out what makes a text hard for both.
     """
+    if n_chunks < 2:
+        n_chunks = len(ours)  # the positions themselves must do
     a = ours.reshape(n_chunks, -1).mean(axis=1)
     b = theirs.reshape(n_chunks, -1).mean(axis=1)
-    ratio = float(a.mean() / b.mean())
+    if not a.any() and not b.any():
+        return 1.0, 1.0, 1.0
+    least = max(float(b.mean()), _LEAST_NATS)
+    ratio = float(a.mean()) / least
     if n_chunks < 2:
-        return ratio, -math.inf, math.inf
+        return ratio, ratio, ratio
     residual = a - ratio * b
-    error = float(residual.std(ddof=1)) / math.sqrt(n_chunks) / float(b.mean())
+    error = float(residual.std(ddof=1)) / math.sqrt(n_chunks) / least
     return ratio, ratio - _Z95 * error, ratio + _Z95 * error

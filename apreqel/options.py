@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 Doubles = npt.NDArray[np.float64]
 
+# A damage near those that people plan for, at which scales are taken.
+_TYPICAL_NATS = 0.02
+
 # The KV cache's types are chosen beside the tensors' under this name, of K and V together
 # ("Q8_0/F16"): their bytes and their damage add up, but not their seconds.
 CACHES = "KV cache"
@@ -134,6 +137,7 @@ class Options:
     timings: Timings | None
     fixed_bytes: int  # header and tensors that stay as they are
     model: DamageModel  # what a sum of damages measures as a real file
+    cache_scale: float = 1.0  # nats of a real run per unit of the KV cache's damage here
     fixed_damage: float = 0.0  # nats beside the weights and caches: the active experts'
 
     def types_of(self, solution: Solution) -> dict[str, str]:
@@ -272,10 +276,12 @@ def with_caches(
         {USUAL: 0.0} | {t: max(0.0, p.mean) for t, p in probes.items()} for probes in (kv.k, kv.v)
     ]
     pairs = [(k, v) for k in damages[0] for v in damages[1]]
+    # Weights' damages add up to something else than nats of a real run: bring these to their scale.
+    scale = _TYPICAL_NATS / options.model.raw(_TYPICAL_NATS)
     k_bit, v_bit = (n / lookup(USUAL).bits_per_weight for n in (k_bytes, v_bytes))
     rows = [
         [k_bit * lookup(k).bits_per_weight + v_bit * lookup(v).bits_per_weight for k, v in pairs],
-        [damages[0][k] + damages[1][v] for k, v in pairs],
+        [(damages[0][k] + damages[1][v]) / scale for k, v in pairs],
         *(
             [rest_seconds(pair, decode) - rest_seconds(USUAL_CACHES, decode) for pair in pairs]
             for decode in (True, False)
@@ -296,6 +302,7 @@ def with_caches(
         sizes=[*options.sizes, np.zeros(len(pairs))],
         damages=[*options.damages, damage],
         timings=timings,
+        cache_scale=scale,
     )
 
 

@@ -25,15 +25,21 @@ from apreqel import sensitivity as sensitivities
 from apreqel import trial as trying
 from apreqel import verify as verification
 from apreqel.calibration import Text
-from apreqel.damage import METRICS
 from apreqel.device import default_threads, detect
-from apreqel.errors import ApreqelError, ArtifactError, ModelFileError, OutputError, UsageError
+from apreqel.errors import (
+    ApreqelError,
+    ArtifactError,
+    InfeasiblePlanError,
+    ModelFileError,
+    OutputError,
+    UsageError,
+)
 from apreqel.experts import ExpertUse, measure_experts
 from apreqel.front import Front
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
 from apreqel.kv_cache import KvSensitivity
-from apreqel.plan import Plan, PlanRequest, Solved
+from apreqel.plan import Plan, Planner, PlanRequest, Solved
 from apreqel.profile import DeviceProfile
 from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
 from apreqel.trial import Trials
@@ -277,12 +283,7 @@ def measured(space: Workspace) -> tuple[Sensitivity, Imatrix] | None:
 
 
 def use_metric(state: Sensitivity, metric: str) -> None:
-    """What plans call damage: KL divergence, or the change of perplexity's logarithm.
-
-    Raises UsageError.
-    """
-    if metric not in METRICS:
-        raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
+    """What plans call damage: KL divergence, or the change of perplexity's logarithm."""
     state.metric = metric
     state.renew_model()
 
@@ -351,46 +352,38 @@ def plan(
             space.inventory, state, request, device_profile, kv, records, experts
         )
 
-    def make(ease: float = 1.0) -> Plan:
-        return planning.make_plan(
-            space.inventory,
-            state,
-            imatrix,
-            request,
-            space.folder,
-            profile=device_profile,
-            kv=kv,
-            ease=ease,
-            experts=experts,
-        )
-
-    if check:
-        with trials_of(space, state, imatrix) as trials:
-            made = candidates.confirmed_plan(make, request, space.inventory, state, trials)
-            if refine:
-                records, ease = planning.encode_metadata(made.metadata), made.ease
-                refining.refine(
-                    space.inventory,
-                    state,
-                    imatrix,
-                    space.folder,
-                    space.n_threads,
-                    lambda: planning.solve_request(
-                        space.inventory, state, request, records, device_profile, kv, experts, ease
-                    ),
-                    space.on_progress,
-                )
-                again = candidates.confirmed_plan(make, request, space.inventory, state, trials)
-                made = candidates.better(made, again)
-    else:
-        made = make()
+    planner = Planner(
+        space.inventory, state, imatrix, request, space.folder, device_profile, kv, experts
+    )
     path = output or space.folder / planning.PLAN_FILE
-    made.save(path)
-    lines = recipes.tensor_type_lines(made.types, space.inventory)
-    artifacts.write_atomically(path.with_suffix(".tensor-types.txt"), lines.encode())
-    joined = recipes.custom_q(made.types, space.inventory)
-    artifacts.write_atomically(path.with_suffix(".custom-q.txt"), joined.encode())
+    if not check:
+        made = planner.plan(planner.solve())
+    else:
+        with trials_of(space, state, imatrix) as trials:
+            made = candidates.confirmed_plan(planner, trials)
+            if refine:
+                _write_plan(made, path, space.inventory)
+                made = _refined(space, planner, made, trials)
+    _write_plan(made, path, space.inventory)
     return made, path
+
+
+def _refined(space: Workspace, planner: Planner, made: Plan, trials: Trials) -> Plan:
+    """`made`, or a plan from what exchanges around it showed, if that is better."""
+    try:
+        refining.refine(planner, made.ease, space.folder, space.n_threads, space.on_progress)
+        return candidates.better(made, candidates.confirmed_plan(planner, trials))
+    except InfeasiblePlanError as error:
+        return replace(made, notes=[*made.notes, f"refining led to no plan ({error})"])
+
+
+def _write_plan(made: Plan, path: Path, inventory: Inventory) -> None:
+    """The plan and its map for other tools."""
+    made.save(path)
+    lines = recipes.tensor_type_lines(made.types, inventory)
+    artifacts.write_atomically(path.with_suffix(".tensor-types.txt"), lines.encode())
+    joined = recipes.custom_q(made.types, inventory)
+    artifacts.write_atomically(path.with_suffix(".custom-q.txt"), joined.encode())
 
 
 def front(
@@ -437,7 +430,7 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
     folder = Path(made.workdir)
     state = Sensitivity.load(folder / sensitivities.SENSITIVITY_FILE, made.provenance.model_sha256)
     state.knots = trying.knots(trying.read_trials(folder, state))
-    state.exchanges = made.exchanges
+    state.exchanges, state.metric = made.exchanges, made.metric
     request = planning.request_from(made.provenance.settings)
     timed = profiling.load_named(made.device) if made.device else None
     kv_path = folder / kv_cache.KV_FILE
@@ -452,6 +445,7 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
         made.experts,
         made.ease,
     )
+    solved = solved.with_types(made.types)  # where files decided otherwise
     return solved, state, made, inventory
 
 

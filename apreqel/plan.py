@@ -132,6 +132,7 @@ class TrialResult:
     kld_p999: float
     ratio: float
     ratio_interval: tuple[float, ...]
+    is_taken: bool
 
 
 @dataclass(frozen=True)
@@ -164,6 +165,8 @@ class Plan:
     notes: Sequence[str] = field(default_factory=tuple)
     trials: Sequence[TrialResult] = ()  # this plan and its rivals as real files
     ease: float = 1.0  # of a limit on damage, see `solve_request`
+    metric: str = "kld"  # what the damage that was made small is
+    beyond_limit: bool = False  # whether the real file passes a limit on damage
     exchanges: Sequence[Exchange] = ()  # what was probed around it
 
     @cached_property
@@ -254,6 +257,39 @@ class Solved:
     solution: Solution
     depth: int  # tokens of context that decode is reckoned at
     n_ctx: int
+    ease: float = 1.0
+
+    def allows(self, types: Mapping[str, str]) -> bool:
+        """Whether a map of the weights' types meets every limit but those on damage.
+
+        Beside it the KV cache stays as it was chosen.
+        """
+        options = self.options
+        choice = [
+            options.types[i].index(types[name]) if types[name] in options.types[i] else -1
+            for i, name in enumerate(options.names)
+            if name != CACHES
+        ]
+        if -1 in choice:
+            return False
+        choice += self.solution.choice[len(choice) :]
+        return all(
+            sum(float(row[j]) for row, j in zip(limit.costs, choice, strict=True)) <= limit.at_most
+            for limit in self.limits
+            if limit.costs is not options.damages
+        )
+
+    def with_types(self, types: Mapping[str, str]) -> Solved:
+        """The same, with the choice that a map of types is. Raises ArtifactError."""
+        choice = list(self.solution.choice)
+        for i, (name, kinds) in enumerate(zip(self.options.names, self.options.types, strict=True)):
+            if name in types:
+                if types[name] not in kinds:
+                    raise ArtifactError(
+                        f"tensor {name}: {types[name]} is no longer an option; plan again"
+                    )
+                choice[i] = kinds.index(types[name])
+        return replace(self, solution=replace(self.solution, choice=tuple(choice)))
 
     def binding(self) -> Iterator[Binding]:
         total, scale = self.solution.objective, 1.0
@@ -331,7 +367,7 @@ def solve_request(
             limits.append(options.raw_damage_limit(usual, name))
         costs, unit = objective(options, request, stock)
         solution = solve(costs, limits)
-    return Solved(options, limits, costs, unit, solution, depth, n_ctx)
+    return Solved(options, limits, costs, unit, solution, depth, n_ctx, ease)
 
 
 def with_longest_context(
@@ -379,6 +415,116 @@ def with_longest_context(
     return replace(wanted, n_ctx=min(trained, max(1, low) * _CONTEXT_STEP))
 
 
+@dataclass(frozen=True)
+class Planner:
+    """A request with everything that it is solved from and a plan is made of."""
+
+    inventory: Inventory
+    sensitivity: Sensitivity
+    imatrix: Imatrix
+    request: PlanRequest
+    workdir: Path
+    profile: DeviceProfile | None = None
+    kv: KvSensitivity | None = None
+    experts: ExpertUse | None = None
+
+    @property
+    def metadata(self) -> dict[str, str | int]:
+        """What the file will say of itself, but for the plan's digest."""
+        metadata = output_metadata(self.imatrix)
+        if self.experts is not None:
+            # In place of the source's own.
+            metadata[self.inventory.experts_used_key] = self.experts.used
+        return metadata
+
+    def solve(self, ease: float = 1.0) -> Solved:
+        """See `solve_request`."""
+        return solve_request(
+            self.inventory,
+            self.sensitivity,
+            self.request,
+            encode_metadata(self.metadata),
+            self.profile,
+            self.kv,
+            self.experts,
+            ease,
+        )
+
+    def plan(self, solved: Solved, types: Mapping[str, str] | None = None) -> Plan:
+        """The plan of what was solved; with `types` of another map for the weights."""
+        inventory, profile, experts = self.inventory, self.profile, self.experts
+        options, solution = solved.options, solved.solution
+        picked_types = options.types_of(solution)
+        cache_types = picked_types.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
+        own = {t.name: t.qtype.name for t in inventory.tensors}
+        chosen = own | (dict(types) if types else picked_types)
+        metadata = self.metadata
+        metadata["apreqel.plan"] = map_digest(
+            chosen, self.sensitivity.imatrix_sha256, experts.used if experts else None
+        )
+        caches = range(len(inventory.quantizable), len(options.names))
+        beside = options.fixed_damage + options.cache_scale * sum(
+            float(options.damages[i][solution.choice[i]]) for i in caches
+        )
+        predicted = self.sensitivity.model.total(chosen)
+        tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
+        size_bytes = inventory.output_size(chosen, encode_metadata(metadata))
+        known = profile is not None and profile.covers(inventory)
+        speed = own_speed = None
+        if profile is not None:
+            speed, own_speed = (
+                profile.predict(
+                    running,
+                    chosen,
+                    solved.depth,
+                    n_prompt=self.request.workload[0],
+                    caches=cache_types,
+                )
+                for running in (with_experts(inventory, experts), inventory)
+            )
+        return Plan(
+            provenance=Provenance(
+                self.sensitivity.provenance.model_sha256,
+                self.sensitivity.provenance.llama_build,
+                profile.fingerprint if profile else "",
+                asdict(self.request),
+            ),
+            types=chosen,
+            prefer=self.request.prefer,
+            limits={limit.name: limit.at_most for limit in solved.limits},
+            binding=list(solved.binding()),
+            size_bytes=size_bytes,
+            bits_per_weight=8 * tensor_bytes / inventory.n_weights,
+            kld_nats=predicted.nats + beside,
+            kld_interval=tuple(bound + beside for bound in predicted.interval),
+            beside_nats=beside,
+            ease=solved.ease,
+            exchanges=self.sensitivity.exchanges,
+            metric=self.sensitivity.metric,
+            gap=solution.gap,
+            solver_seconds=solution.seconds,
+            imatrix_sha256=self.sensitivity.imatrix_sha256,
+            metadata=metadata,
+            model_files=[str(f.resolve()) for f in inventory.files],
+            workdir=str(self.workdir.resolve()),
+            cache_types=cache_types,
+            n_threads=profile.n_threads if profile else None,
+            device=profile.name if profile else "",
+            speed=speed,
+            memory=(
+                memory_use(profile, inventory, chosen, size_bytes, solved.n_ctx, cache_types)
+                if profile and known
+                else None
+            ),
+            experts=experts,
+            speed_with_own_experts=own_speed if experts else None,
+            notes=(
+                *plan_notes(self.sensitivity, chosen),
+                *cache_notes(inventory, profile, chosen, cache_types, solved.n_ctx),
+            ),
+        )
+
+
 def make_plan(
     inventory: Inventory,
     sensitivity: Sensitivity,
@@ -388,103 +534,11 @@ def make_plan(
     *,
     profile: DeviceProfile | None = None,
     kv: KvSensitivity | None = None,
-    ease: float = 1.0,
     experts: ExpertUse | None = None,
 ) -> Plan:
     """Solve for `request`. Raises UsageError, InfeasiblePlanError, CalibrationError."""
-    metadata = output_metadata(imatrix)
-    if experts is not None:
-        metadata[inventory.experts_used_key] = experts.used  # in place of the source's own
-    records = encode_metadata(metadata)
-    solved = solve_request(inventory, sensitivity, request, records, profile, kv, experts, ease)
-    options, solution = solved.options, solved.solution
-    picked_types = options.types_of(solution)
-    cache_types = picked_types.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
-    chosen = {t.name: t.qtype.name for t in inventory.tensors} | picked_types
-    metadata["apreqel.plan"] = map_digest(
-        chosen, sensitivity.imatrix_sha256, experts.used if experts else None
-    )
-    caches = range(len(inventory.quantizable), len(options.names))
-    beside = options.fixed_damage + sum(
-        float(options.damages[i][solution.choice[i]]) for i in caches
-    )
-    predicted = sensitivity.model.total(chosen)
-    tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
-    size_bytes = inventory.output_size(chosen, encode_metadata(metadata))
-    known = profile is not None and profile.covers(inventory)
-    speed = own_speed = None
-    if profile is not None:
-        speed, own_speed = (
-            profile.predict(
-                running,
-                chosen,
-                solved.depth,
-                n_prompt=request.workload[0],
-                caches=cache_types,
-            )
-            for running in (with_experts(inventory, experts), inventory)
-        )
-    return Plan(
-        provenance=Provenance(
-            sensitivity.provenance.model_sha256,
-            sensitivity.provenance.llama_build,
-            profile.fingerprint if profile else "",
-            asdict(request),
-        ),
-        types=chosen,
-        prefer=request.prefer,
-        limits={limit.name: limit.at_most for limit in solved.limits},
-        binding=list(solved.binding()),
-        size_bytes=size_bytes,
-        bits_per_weight=8 * tensor_bytes / inventory.n_weights,
-        kld_nats=predicted.nats + beside,
-        kld_interval=tuple(bound + beside for bound in predicted.interval),
-        beside_nats=beside,
-        ease=ease,
-        exchanges=sensitivity.exchanges,
-        gap=solution.gap,
-        solver_seconds=solution.seconds,
-        imatrix_sha256=sensitivity.imatrix_sha256,
-        metadata=metadata,
-        model_files=[str(f.resolve()) for f in inventory.files],
-        workdir=str(workdir.resolve()),
-        cache_types=cache_types,
-        n_threads=profile.n_threads if profile else None,
-        device=profile.name if profile else "",
-        speed=speed,
-        memory=(
-            memory_use(profile, inventory, chosen, size_bytes, solved.n_ctx, cache_types)
-            if profile and known
-            else None
-        ),
-        experts=experts,
-        speed_with_own_experts=own_speed if experts else None,
-        notes=(
-            *plan_notes(sensitivity, chosen),
-            *cache_notes(inventory, profile, chosen, cache_types, solved.n_ctx),
-        ),
-    )
-
-
-def plan_of_map(
-    plan: Plan, inventory: Inventory, sensitivity: Sensitivity, types: Mapping[str, str]
-) -> Plan:
-    """`plan` with another map of types, of no more bytes; speeds are no longer predicted."""
-    digest = map_digest(
-        types, sensitivity.imatrix_sha256, plan.experts.used if plan.experts else None
-    )
-    metadata = {**plan.metadata, "apreqel.plan": digest}
-    tensor_bytes = sum(lookup(types[t.name]).size_bytes(t.shape) for t in inventory.tensors)
-    return replace(
-        plan,
-        types=types,
-        metadata=metadata,
-        size_bytes=inventory.output_size(types, encode_metadata(metadata)),
-        bits_per_weight=8 * tensor_bytes / inventory.n_weights,
-        binding=(),
-        speed=None,
-        memory=None,
-    )
+    planner = Planner(inventory, sensitivity, imatrix, request, workdir, profile, kv, experts)
+    return planner.plan(planner.solve())
 
 
 def objective(

@@ -16,14 +16,13 @@ import numpy as np
 from apreqel import llama, probing
 from apreqel.calibration import TokenSet
 from apreqel.damage import Exchange, expected_gain
+from apreqel.errors import ArtifactError
 from apreqel.metrics import Comparison, estimate
 from apreqel.qtypes import lookup
+from apreqel.sensitivity import SENSITIVITY_FILE
 
 if TYPE_CHECKING:
-    from apreqel.imatrix import Imatrix
-    from apreqel.inventory import Inventory
-    from apreqel.plan import Solved
-    from apreqel.sensitivity import Sensitivity
+    from apreqel.plan import Planner, Solved
 
 Progress = Callable[[str, int, int], None]
 
@@ -34,18 +33,23 @@ _CHUNKS = 16
 
 
 def refine(
-    inventory: Inventory,
-    sensitivity: Sensitivity,
-    imatrix: Imatrix,
+    planner: Planner,
+    ease: float,
     folder: Path,
     n_threads: int,
-    solve: Callable[[], Solved],
     on_progress: Progress = lambda what, done, total: None,
 ) -> int:
-    """Probe exchanges around what `solve()` gives, and again around what it gives then.
+    """Probe exchanges around what `planner` solves, and again around what it solves then.
 
-    Leaves them in `sensitivity.exchanges`; returns how many were probed. Raises EngineError.
+    Leaves them in the sensitivity; returns how many were probed. Raises EngineError,
+    InfeasiblePlanError where limits can no longer be met.
     """
+    inventory, sensitivity = planner.inventory, planner.sensitivity
+    if not sensitivity.probe_tokens:
+        raise ArtifactError(
+            f"{folder / SENSITIVITY_FILE}: written before exchanges were probed; run apreqel probe "
+            "in another --workdir"
+        )
     tokens = np.array(sensitivity.probe_tokens, np.int32)[:_CHUNKS]
     text = TokenSet.scored_from(tokens.shape[1] // 16, "probe", tokens, "")
     found: dict[tuple[str, str, str], Exchange] = {}
@@ -57,11 +61,11 @@ def refine(
         n = probing.sequences_at_once(text.n_ctx, model.n_vocab, text.n_chunks)
         with model.context(text.n_ctx, n, n_threads) as context:
             bench = probing.ProbeBench(scratch, context, n_threads)
-            bench.imatrix = imatrix
+            bench.imatrix = planner.imatrix
             try:
                 reference = bench.reference(text, scratch.parent)
                 for _ in range(_ROUNDS):
-                    solved = solve()
+                    solved = planner.solve(ease)
                     types = solved.options.types_of(solved.solution)
                     wanted = [e for e in open_exchanges(solved) if e not in found]
                     if types == last or not wanted:
@@ -117,6 +121,6 @@ def open_exchanges(solved: Solved) -> Sequence[tuple[str, str, str]]:
         regret = np.maximum(0.0, total - total[chosen])
         expected = expected_gain(regret, np.hypot(deviation, deviation[chosen]))
         for j, t in enumerate(options.types[i]):
-            if j != chosen:
+            if j != chosen and t in model.errors[name].weights:  # its own type is no question
                 gains[name, options.types[i][chosen], t] = float(expected[j])
     return sorted((e for e in gains if gains[e] > 0), key=lambda e: -gains[e])

@@ -121,7 +121,7 @@ class TensorSensitivity:
 
 @dataclass
 class Sensitivity:
-    """The measurement as it stands; `effort` is the greatest that was seen through, or ''."""
+    """The measurement as it stands; `effort` is the greatest that was made, or ''."""
 
     provenance: Provenance
     tensors: dict[str, TensorSensitivity]
@@ -134,6 +134,7 @@ class Sensitivity:
     self_kld_nats: float = 0.0
     seconds: float = 0.0
     effort: str = ""
+    cut_short: bool = False  # by --minutes
     settled: bool = False  # whether further probes were not expected to change plans
     check_tokens: list[list[int]] = field(default_factory=list)  # of texts, for real files
     probe_tokens: list[list[int]] = field(default_factory=list)  # of texts, for exchanges
@@ -254,6 +255,7 @@ def measure(
                     on_progress, keep,
                 )  # fmt: skip
                 run.measure(state, texts, imatrix_file)
+                state.cut_short = run.is_late
         except KeyboardInterrupt:
             keep(force=True)
             raise Interrupted(
@@ -271,8 +273,8 @@ def is_enough(state: Sensitivity, effort: Effort) -> bool:
     if not state.complete:
         return False
     if effort.minutes is not None:
-        return state.settled
-    return _rank(state.effort) >= _rank(effort.name)
+        return state.settled and not state.cut_short
+    return _rank(state.effort) >= _rank(effort.name) and not state.cut_short
 
 
 def _rank(effort: str) -> int:
@@ -339,7 +341,7 @@ class _Run:
                 bench.close()
 
     @property
-    def _is_late(self) -> bool:
+    def is_late(self) -> bool:
         return self.deadline is not None and time.monotonic() > self.deadline
 
     def _imatrix(
@@ -421,7 +423,7 @@ class _Run:
         ]
         done = len(names) - len(wanted)
         for i, (name, kind) in enumerate(wanted):
-            if self._is_late:
+            if self.is_late:
                 return
             self.on_progress("probing tensors", done + i, len(names))
             self._probe(state, bench, {name: lookup(kind)}, reference, self.effort.first_chunks)
@@ -431,7 +433,7 @@ class _Run:
     def _is_probed(self, state: Sensitivity, name: str, kind: str) -> bool:
         known = state.tensors[name].probes.get(kind)
         enough = known is not None and len(known.kld) >= min(
-            self.effort.first_chunks, self.settings.probe_chunks
+            self.effort.first_chunks, len(state.probe_tokens)
         )
         return enough or f"{name} {kind}" in state.excluded
 
@@ -442,7 +444,7 @@ class _Run:
             names = [n for n, t in state.tensors.items() if kind in t.errors.weights]
             held = sum(self.inventory.by_name[n].n_elements for n in names)
             rare = held < sum(t.n_elements for t in self.inventory.quantizable) / 4
-            if kind in state.kernels or rare or self._is_late:
+            if kind in state.kernels or rare or self.is_late:
                 continue
             self.on_progress("measuring what kernels lose", i, self.effort.kernel_types)
             dequantised = bench.probe({n: lookup(kind) for n in names}, part)
@@ -488,15 +490,13 @@ class _Run:
         """Until enough were made, time is up, or nothing is left that could change plans."""
         extra = round(self.effort.further_per_tensor * len(state.tensors))
         done = sum(max(0, len(t.probes) - 1) for t in state.tensors.values())
-        while done < extra and not self._is_late:
-            wanted = decisive_pairs(
-                state, self.inventory, min(_PROBES_PER_ROUND, extra - done), self.settings
-            )
+        while done < extra and not self.is_late:
+            wanted = decisive_pairs(state, self.inventory, min(_PROBES_PER_ROUND, extra - done))
             state.settled = not wanted
             if not wanted:
                 break
             for name, kind in wanted:
-                if self._is_late:
+                if self.is_late:
                     return
                 self.on_progress("probing what decides plans", done, extra)
                 known = state.tensors[name].probes.get(kind)
@@ -536,9 +536,7 @@ class _Run:
         state.excluded[f"{name} {kind.name}"] = "the probe gave NaN or Inf twice"
 
 
-def decisive_pairs(
-    state: Sensitivity, inventory: Inventory, count: int, settings: ProbeSettings
-) -> list[tuple[str, str]]:
+def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list[tuple[str, str]]:
     """(tensor, type) pairs whose measuring is expected to improve plans along the ladder most.
 
     At the price of size in a ladder plan every option of a tensor costs damage + price x bytes; a
@@ -574,9 +572,11 @@ def decisive_pairs(
             for t, gain in zip(options[name], expected, strict=True):
                 gains[name, t] = max(gains.get((name, t), 0.0), float(gain))
 
+    n_chunks = len(state.probe_tokens)
+
     def is_open(pair: tuple[str, str]) -> bool:
         known = state.tensors[pair[0]].probes.get(pair[1])
-        return known is None or len(known.kld) < settings.probe_chunks
+        return known is None or len(known.kld) < n_chunks
 
     best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]
     return [pair for pair in best if gains[pair] > _SETTLED / 10]

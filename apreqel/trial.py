@@ -37,6 +37,9 @@ Progress = Callable[[str, int, int], None]
 
 TRIALS_FILE = "trials.json"
 
+# Labels of apreqel's own maps.
+_OWN = ("plan", "ladder")
+
 
 # --- files on a text -----------------------------------------------------------------------------
 
@@ -194,7 +197,9 @@ class Trials:
         """Write the file, compare it with the original, delete it. Raises EngineError."""
         found = self._known.get(_key(types))
         if found is not None:
-            return found
+            if found.label != label and label in _OWN:
+                self._known[_key(types)] = found = replace(found, label=label)
+            return replace(found, label=label)
         if self._text is None:
             self._text = OnText(
                 self._inventory.files[0],
@@ -253,7 +258,7 @@ def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
 
 def knots(trials: Mapping[str, Trial]) -> list[Knot]:
     """What was measured of apreqel's own plans, for the damage model's totals."""
-    return [Knot(t.types, t.kld) for t in trials.values() if t.label == "plan"]
+    return [Knot(t.types, t.kld) for t in trials.values() if t.label in _OWN]
 
 
 def _provenance(state: Sensitivity) -> Provenance:

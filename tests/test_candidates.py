@@ -12,6 +12,7 @@ from test_measurements import MEASURE, SHA, load_imatrix, texts
 from apreqel import (
     calibration,
     candidates,
+    knapsack,
     llama,
     plan,
     probing,
@@ -21,7 +22,8 @@ from apreqel import (
     trial,
 )
 from apreqel.inventory import Inventory, read_inventory
-from apreqel.plan import Plan, PlanRequest
+from apreqel.knapsack import Limit
+from apreqel.plan import Planner, PlanRequest, Solved
 from apreqel.qtypes import lookup
 from apreqel.sensitivity import Sensitivity
 from apreqel.trial import Trials
@@ -40,10 +42,9 @@ def trials_in(measured: Measured) -> Trials:
     return Trials(inventory, load_imatrix(folder, inventory), state, folder, 2)
 
 
-def planner(measured: Measured, request: PlanRequest):  # type: ignore[no-untyped-def]
+def planner(measured: Measured, request: PlanRequest) -> Planner:
     inventory, folder, state = measured
-    imatrix = load_imatrix(folder, inventory)
-    return lambda ease: plan.make_plan(inventory, state, imatrix, request, folder, ease=ease)
+    return Planner(inventory, state, load_imatrix(folder, inventory), request, folder)
 
 
 def test_a_trial_is_what_llama_cpp_gives(measured: Measured, tmp_path: Path) -> None:
@@ -90,42 +91,79 @@ def test_text_for_trials_is_kept_apart(measured: Measured) -> None:
 
 
 def test_a_plan_is_measured_beside_its_rivals(measured: Measured) -> None:
-    inventory, _, state = measured
     request = PlanRequest("accuracy", target_bpw=5.5)
     with trials_in(measured) as trials:
-        made = candidates.confirmed_plan(
-            planner(measured, request), request, inventory, state, trials
-        )
+        made = candidates.confirmed_plan(planner(measured, request), trials)
     labels = [t.label for t in made.trials]
     assert labels[0] == "plan" and labels[1].startswith("stock ")
     assert labels[2].startswith("uniform ")
     assert all(t.size_bytes <= made.size_bytes for t in made.trials[1:])
     assert made.kld_interval[0] < made.trials[0].kld.mean < made.kld_interval[1]
     best = min(made.trials, key=lambda t: t.kld.mean)
-    assert best.ratio == 1.0 and all(t.ratio <= 1 for t in made.trials)
+    assert best.is_taken and best.ratio == 1.0 and all(t.ratio <= 1 for t in made.trials)
+
+
+class Misled(Planner):
+    """Solves with the damages the wrong way round."""
+
+    def solve(self, ease: float = 1.0) -> Solved:
+        solved = super().solve(ease)
+        wrong = [row.max() - row for row in solved.options.damages]
+        limits = [*solved.limits, Limit("least", [-s for s in solved.options.sizes], -self.least)]
+        return replace(solved, solution=knapsack.solve(wrong, limits))
+
+    least = 0.0
 
 
 def test_a_bad_plan_gives_way_to_a_better_map(measured: Measured) -> None:
-    inventory, _, state = measured
+    inventory, folder, state = measured
     request = PlanRequest("accuracy", target_bpw=6.0)
-    good = planner(measured, request)(1.0)
-    names = [t.name for t in inventory.quantizable]
-    worse = good.types | {n: ("Q8_0" if i % 2 else "Q2_K") for i, n in enumerate(names)}
-    bad = plan.plan_of_map(good, inventory, state, worse)
+    good = planner(measured, request)
+    solved = good.solve()
+    misled = Misled(inventory, state, good.imatrix, request, folder)
+    Misled.least = 0.97 * sum(
+        row[c] for row, c in zip(solved.options.sizes, solved.solution.choice, strict=True)
+    )
+    worse = misled.plan(misled.solve())
     with trials_in(measured) as trials:
-        made = candidates.confirmed_plan(lambda _: bad, request, inventory, state, trials)
-    assert dict(made.types) != worse and made.size_bytes <= bad.size_bytes
+        made = candidates.confirmed_plan(misled, trials)
+    assert dict(made.types) != dict(worse.types) and made.size_bytes <= worse.size_bytes
     assert "measured better than the planned map" in made.notes[-1]
-    assert min(t.kld.mean for t in made.trials) < made.trials[0].kld.mean
-    path = Path(made.workdir) / "better.gguf"
+    taken = next(t for t in made.trials if t.is_taken)
+    assert taken.kld.mean == min(t.kld.mean for t in made.trials) < made.trials[0].kld.mean
+    path = folder / "better.gguf"
     quantize.quantize_model(
         inventory,
         made.types,
         path,
-        imatrix=load_imatrix(Path(made.workdir), inventory),
+        imatrix=good.imatrix,
         extra_metadata=made.extra_metadata(),
     )
     assert path.stat().st_size == made.size_bytes
+    # Where the user's own limits rule the rivals out, the plan stays.
+    limited = replace(request, max_type_changes=0)
+    stays = Misled(inventory, state, good.imatrix, limited, folder)
+    Misled.least = 0.0
+    with trials_in(measured) as trials:
+        kept = candidates.confirmed_plan(stays, trials)
+    stock = plan.stock_map(inventory, state, "Q4_K_M")
+    assert all(kept.types[t.name] == stock[t.name] for t in inventory.quantizable)
+
+
+def test_the_source_itself_as_a_plan(measured: Measured) -> None:
+    """More room than it takes: nothing is lost, and no ratio is divided by that."""
+    inventory, folder, _ = measured
+    for request in (
+        PlanRequest("accuracy", max_size_bytes=2 * inventory.size_bytes),
+        PlanRequest("memory", max_kld_nats=0.0),
+    ):
+        with trials_in(measured) as trials:
+            made = candidates.confirmed_plan(planner(measured, request), trials)
+        assert made.kld_nats == 0 and all(
+            made.types[t.name] == t.qtype.name for t in inventory.tensors
+        )
+        made.save(folder / "exact.json")
+        assert plan.Plan.load(folder / "exact.json").trials[0].ratio == 1.0
 
 
 def test_limits_on_damage_are_held_as_measured(measured: Measured) -> None:
@@ -134,11 +172,9 @@ def test_limits_on_damage_are_held_as_measured(measured: Measured) -> None:
     for request in (PlanRequest("memory"), PlanRequest("memory", max_kld_nats=0.004)):
         with trials_in(measured) as trials:
             floor = request.max_kld_nats or trials.measure("stock Q4_K_M", stock).kld.mean
-            made: Plan = candidates.confirmed_plan(
-                planner(measured, request), request, inventory, state, trials
-            )
+            made = candidates.confirmed_plan(planner(measured, request), trials)
         ours = made.trials[0].kld.mean
-        assert ours <= floor or any("beyond the limit" in note for note in made.notes)
+        assert ours <= floor and not made.beyond_limit
         assert ours > 0.6 * floor  # what is allowed is used
 
 
@@ -167,28 +203,21 @@ def test_exchanges_start_from_the_plan(measured: Measured) -> None:
 
 
 def test_refining_is_never_worse(measured: Measured) -> None:
-    inventory, folder, state = measured
+    _, folder, state = measured
     request = PlanRequest("accuracy", target_bpw=4.5)
-    make, imatrix = planner(measured, request), load_imatrix(folder, inventory)
+    wanted = planner(measured, request)
     with trials_in(measured) as trials:
-        first = candidates.confirmed_plan(make, request, inventory, state, trials)
-        count = refine.refine(
-            inventory,
-            state,
-            imatrix,
-            folder,
-            2,
-            lambda: plan.solve_request(inventory, state, request, [], None),
-        )
-        again = candidates.confirmed_plan(make, request, inventory, state, trials)
+        first = candidates.confirmed_plan(wanted, trials)
+        count = refine.refine(wanted, 1.0, folder, 2)
+        again = candidates.confirmed_plan(wanted, trials)
     state.exchanges = ()
     state.renew_model()
     assert count == len(again.exchanges) > 0
     for exchange in again.exchanges:
         assert exchange.standard_error > 0 and exchange.chosen != exchange.other
     kept = candidates.better(first, again)
-    klds = [next(t.kld.mean for t in p.trials if t.ratio == 1.0) for p in (first, again)]
-    best = next(t.kld.mean for t in kept.trials if t.ratio == 1.0)
+    klds = [next(t.kld.mean for t in p.trials if t.is_taken) for p in (first, again)]
+    best = next(t.kld.mean for t in kept.trials if t.is_taken)
     assert best == min(klds) and "exchanges around the plan" in kept.notes[-1]
 
 

@@ -359,7 +359,7 @@ def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
         calibration.read_text(path)
     path.write_text("Too short.")
     with llama.LoadedModel(llama_model) as model:
-        with pytest.raises(CalibrationError, match=r"0 tokens; at least 768 are needed"):
+        with pytest.raises(CalibrationError, match=r"0 tokens; at least 1536 are needed"):
             calibration.split_for_calibration(
                 model,
                 [calibration.read_text(path)],
