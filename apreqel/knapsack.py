@@ -138,11 +138,18 @@ class _Table:
             less |= table[:, :, None] < table[:, None]
         twin_before = np.triu(less_or_equal & ~less, 1)
         self._open = exists & ~(less_or_equal & less | twin_before).any(axis=1)
+        for uses, limit in zip(tables[1:], limits, strict=True):
+            # What alone takes more than all room that the least of every item leaves.
+            least = uses.min(axis=1)
+            room = limit.at_most - float(least.sum())
+            self._open &= uses - least[:, None] <= room + 1e-12 * np.abs(least).sum()
         self._cost = np.where(self._open, tables[0], math.inf)
         self._uses = np.where(self._open, tables[1:], 0.0)
         self._at_most = np.array([limit.at_most for limit in limits])
         # HiGHS works to absolute tolerances near 1e-7: bring every limit to the same scale.
-        self._units = len(costs) / np.maximum(np.abs(self._at_most), 1e-300)
+        # A limit near 0 has that of what the options use.
+        most = np.abs(self._uses).sum(axis=(1, 2))
+        self._units = len(costs) / np.maximum(np.abs(self._at_most), 1e-4 * most + 1e-300)
 
     def value(self, choice: Whole) -> float:
         """The objective of a choice; inf where it passes a limit."""

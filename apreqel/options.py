@@ -257,7 +257,9 @@ def build_options(
     if profile is not None:
         timings = option_timings(inventory, kinds, sizes, profile, n_context, n_prompt)
     lost = experts.damage_nats if experts else 0.0
-    return Options(names, kinds, sizes, damages, timings, fixed, sensitivity.model, lost)
+    return Options(
+        names, kinds, sizes, damages, timings, fixed, sensitivity.model, fixed_damage=lost
+    )
 
 
 def with_caches(

@@ -49,7 +49,7 @@ from apreqel.verify import VerificationReport, VerifySettings
 Progress = Callable[[str, int, int], None]
 
 # Plans along a ladder that probing tries as real files.
-_LADDER_TRIALS = {"quick": 1, "normal": 4, "thorough": 6}
+_LADDER_TRIALS = {"quick": 0, "normal": 4, "thorough": 6}
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,7 @@ class Effort:
 EFFORTS = {
     effort.name: effort
     for effort in (
-        Effort("quick", 4, 0.25, 1),
+        Effort("quick", 4, 0.1, 0),
         Effort("normal", 8, 1.25, 3),
         Effort("thorough", 16, 4.0, 3),
     )

@@ -52,6 +52,12 @@ def test_no_limits_takes_the_cheapest() -> None:
     assert solve(costs).choice == (1, 0)
 
 
+def test_a_limit_of_nothing() -> None:
+    costs = [np.array([5.0, 1.0]), np.array([4.0, 2.0])]
+    free = Limit("damage", [np.array([0.0, 0.3]), np.array([0.0, 1e-9])], 0.0)
+    assert solve(costs, [free]).choice == (0, 0)
+
+
 def test_an_impossible_limit_is_named() -> None:
     costs = [np.array([1.0, 2.0])] * 3
     with pytest.raises(InfeasiblePlanError, match=r"--max-size 5: cannot be met.*is 6"):
