@@ -177,12 +177,23 @@ class Inventory:
         v_length = self._hyperparameter("attention.value_length") or usual
         return k_length, v_length, heads, kv_heads
 
+    @property
+    def n_attention_layers(self) -> int:
+        """Layers that look back over a KV cache; others (of hybrids) keep a state of fixed size."""
+        each = self._by_layer("attention.head_count_kv")
+        if len(each) > 1:
+            return sum(n > 0 for n in each)
+        return self.n_layers // max(1, self._hyperparameter("full_attention_interval"))
+
     def _most_layers(self, key: str) -> int:
         """What the layers with attention have; 0 where none has."""
-        value = self._first.get(f"{self.architecture}.{key}")
-        layers = value if isinstance(value, list) else [value]
-        counts = Counter(n for n in layers if isinstance(n, int) and n > 0)
+        counts = Counter(n for n in self._by_layer(key) if n > 0)
         return max(counts, key=lambda n: counts[n], default=0)
+
+    def _by_layer(self, key: str) -> list[int]:
+        """A hyperparameter that is one number for all layers, or one for each."""
+        value = self._first.get(f"{self.architecture}.{key}")
+        return [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
 
     @cached_property
     def vocabulary_size(self) -> int:

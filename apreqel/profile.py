@@ -7,9 +7,9 @@ token: attention, norms, look-ups, which do not depend on types. Seconds of a ma
     decode(map)  = scale x sum of kernels + rest + attention x context
     prefill(map) = scale x sum of kernels + rest + attention x (half the prompt - half a usual one)
 
-with scale, rest and attention over an F16 cache fitted to a few real runs of llama.cpp on the same
-device (`Overhead`). ggml's attention was timed by itself too, over every type of cache: over
-another cache, and in prompts, it takes as much more or less than that as ggml's own does.
+with scale, rest and a generated token's attention over an F16 cache fitted to a few real runs of
+llama.cpp on the same device (`Overhead`). Over other caches, and in prompts, attention is that of
+ggml, timed for one layer, times the layers.
 Profiles are kept in the user's data folder, and can be carried to other machines.
 """
 
@@ -254,12 +254,11 @@ class DeviceProfile:
         Where attention over these types (K, V) was not timed: that of a generated token over F16,
         and none for prompts.
         """
-        usual = self.overhead(inventory).attention
-        base = self._layer_seconds(inventory, USUAL_CACHES, decode=True)
+        usual = self.overhead(inventory).attention if decode else 0.0
         found = self._layer_seconds(inventory, caches, decode=decode)
-        if base is None or found is None:
-            return usual if decode else 0.0
-        return usual * found / base
+        if found is None or (usual and tuple(caches) == USUAL_CACHES):
+            return usual
+        return inventory.n_attention_layers * found
 
     def times_caches(self, inventory: Inventory, caches: Sequence[str] = USUAL_CACHES) -> bool:
         """Whether attention of this model's heads over a cache of these types is known."""

@@ -206,13 +206,14 @@ def test_a_token_adds_up(rows_576_model: Path) -> None:
 def test_attention_adds_up(rows_576_model: Path) -> None:
     inventory = read_inventory(rows_576_model)
     plain = made_up(inventory, {"F16": (4.0, 1.0)})
-    made = replace(plain, attention=attention({"F16": 1.0, "Q8_0": 3.0, "Q5_0": 4.0}))
-    # Real runs took 0.001 s a token of context over F16: all else goes by ggml's ratios to that.
-    for caches, ratio in ((("F16", "F16"), 2), (("F16", "Q8_0"), 4), (("Q5_0", "Q5_0"), 8)):
+    made = replace(plain, attention=attention({"F16": 1e-3, "Q8_0": 3e-3, "Q5_0": 4e-3}))
+    for caches, layer in ((("F16", "F16"), 2e-3), (("F16", "Q8_0"), 4e-3), (("Q5_0",) * 2, 8e-3)):
         decode = made.rest_seconds(inventory, decode=True, n_context=100, caches=caches)
-        assert decode == pytest.approx(0.5 + 100 * 0.001 * ratio / 2)
+        # A generated token over F16 is what real runs took; all else is two layers of ggml's.
+        token = 0.001 if caches == ("F16", "F16") else 2 * layer
+        assert decode == pytest.approx(0.5 + 100 * token)
         prefill = made.rest_seconds(inventory, decode=False, n_prompt=1000, caches=caches)
-        assert prefill == pytest.approx(0.25 + 0.001 / 2 / 10 * (500 * ratio - 256 * 2))
+        assert prefill == pytest.approx(0.25 + 2 / 10 * (500 * layer - 256 * 2e-3))
     assert made.rest_seconds(inventory, decode=False) == 0.25
     types = uniform(inventory, "F16")
     fast, slow = (
