@@ -162,6 +162,8 @@ class _Table:
 
         Of the options near the best prices, and of more where those do not settle the matter.
         """
+        if not self._open.any(axis=1).all():
+            return None  # an item whose every option takes too much of one limit or another
         count = len(self._items) + _NEAR
         near = self._open
         if near.sum() > count:
