@@ -213,12 +213,17 @@ def _result(trial: Trial, chosen: Trial) -> TrialResult:
 def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
     """The stock map and the uniform one of least predicted damage at no more bytes."""
     inventory, sensitivity = planner.inventory, planner.sensitivity
+    whole = solved.options
+    n = len(whole.names) - (CACHES in whole.names)  # the KV cache comes last
     options = replace(
-        solved.options,
-        names=[n for n in solved.options.names if n != CACHES],
+        whole,
+        names=whole.names[:n],
+        types=whole.types[:n],
+        sizes=whole.sizes[:n],
+        damages=whole.damages[:n],
     )
-    chosen = zip(options.names, options.sizes, solved.solution.choice, strict=False)
-    data_bytes = sum(float(row[c]) for _, row, c in chosen)
+    chosen = zip(options.sizes, solved.solution.choice, strict=False)
+    data_bytes = sum(float(row[c]) for row, c in chosen)
     own = {t.name: t.qtype.name for t in inventory.tensors}
     groups: Sequence[Mapping[str, dict[str, str]]] = (
         {f"stock {name}": stock_map(inventory, sensitivity, name) for name in STOCK},
@@ -236,7 +241,7 @@ def best_fitting(
     """Of the maps whose types were all measured and take at most `data_bytes`, the closest one."""
     totals = {}
     for label, types in maps.items():
-        rows = zip(options.names, options.types, options.sizes, options.damages, strict=False)
+        rows = zip(options.names, options.types, options.sizes, options.damages, strict=True)
         chosen = [(sizes, damages, kinds.index(t)) for name, kinds, sizes, damages in rows
                   if (t := types[name]) in kinds]  # fmt: skip
         if len(chosen) == len(options.names) and sum(s[j] for s, _, j in chosen) <= data_bytes:
@@ -251,7 +256,7 @@ def uniform_maps(options: Options) -> dict[str, dict[str, str]]:
         bits = lookup(kind).bits_per_weight
         made[kind] = {
             name: kind if kind in row else min(row, key=lambda t: _distance(t, bits))
-            for name, row in zip(options.names, options.types, strict=False)
+            for name, row in zip(options.names, options.types, strict=True)
         }
     return made
 
