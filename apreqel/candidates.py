@@ -121,7 +121,7 @@ def try_ladder(
     Leaves their results in the sensitivity. Raises EngineError, OutputError.
     """
     options = build_options(inventory, sensitivity, records)
-    own = {t.name: t.qtype.name for t in inventory.tensors}
+    own = inventory.types
     n_weights = sum(t.n_elements for t in inventory.quantizable)
     least = sum(float(row.min()) for row in options.sizes)
     bits = np.linspace(_LADDER_BITS[0], _LADDER_BITS[1], count + 2)[1:-1]
@@ -224,7 +224,7 @@ def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str
     )
     chosen = zip(options.sizes, solved.solution.choice, strict=False)
     data_bytes = sum(float(row[c]) for row, c in chosen)
-    own = {t.name: t.qtype.name for t in inventory.tensors}
+    own = inventory.types
     groups: Sequence[Mapping[str, dict[str, str]]] = (
         {f"stock {name}": stock_map(inventory, sensitivity, name) for name in STOCK},
         {f"uniform {k}": own | types for k, types in uniform_maps(options).items()},

@@ -47,7 +47,7 @@ def strategies(
     """
     options = build_options(inventory, sensitivity, records)
     limit = options.size_limit(file_bytes)
-    own = {t.name: t.qtype.name for t in inventory.tensors}
+    own = inventory.types
     made: dict[str, dict[str, str]] = {}
 
     def solved(label: str, costs: Sequence[Doubles]) -> None:

@@ -160,7 +160,7 @@ def bytes_by_type(inventory: Inventory) -> dict[str, dict[str, int]]:
     for name in registry():
         holders = [t for t in inventory.quantizable if name in t.legal_types]
         if holders:
-            types = {t.name: t.qtype.name for t in inventory.tensors}
+            types = inventory.types
             types |= {t.name: name for t in holders}
             result[name] = {"tensors": len(holders), "file_bytes": inventory.output_size(types)}
     return result

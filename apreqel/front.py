@@ -89,7 +89,7 @@ def pareto_front(
             found.append(("fast", solve(seconds, [*within, allowed], _GAP)))
     points = []
     for label, solution in found:
-        own = {t.name: t.qtype.name for t in inventory.tensors}
+        own = inventory.types
         types = own | options.types_of(solution)
         damage = sum(float(row[c]) for row, c in zip(options.damages, solution.choice, strict=True))
         speed = None

@@ -227,6 +227,11 @@ class Inventory:
     def by_name(self) -> Mapping[str, Tensor]:
         return {t.name: t for t in self.tensors}
 
+    @property
+    def types(self) -> dict[str, str]:
+        """The type that every tensor has now, by name: a map of its own for each caller."""
+        return {t.name: t.qtype.name for t in self.tensors}
+
     @cached_property
     def quantizable(self) -> tuple[Tensor, ...]:
         return tuple(t for t in self.tensors if t.keep_reason is None)

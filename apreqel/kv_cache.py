@@ -18,11 +18,13 @@ import numpy as np
 from apreqel import artifacts, calibration, llama
 from apreqel.artifacts import Provenance
 from apreqel.errors import ArtifactError, EngineError
-from apreqel.metrics import Comparison, Estimate, Reference, compare, estimate
-from apreqel.probing import sequences_at_once
+from apreqel.metrics import Estimate, Reference, estimate
+from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.qtypes import KV_TYPES, USUAL_CACHES, lookup
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from apreqel.calibration import Text, TokenSet
     from apreqel.inventory import Inventory
 
@@ -74,31 +76,25 @@ def measure_kv(
         ThreadPoolExecutor(n_threads) as pool,
     ):
         tokens = probe_tokens(model, texts)
-        n_ctx = tokens.n_ctx
-        n = sequences_at_once(n_ctx, model.n_vocab, 1)
-        per_chunk = tokens.n_scored // tokens.n_chunks
-        following = tokens.next_tokens.reshape(-1)
+        n = sequences_at_once(tokens.n_ctx, model.n_vocab, 1)
 
-        def logits(k: str, v: str) -> list[np.ndarray]:  # type: ignore[type-arg]
+        def caching(k: str, v: str) -> AbstractContextManager[llama.Context]:
             kinds = lookup(k), lookup(v)
-            with model.context(n_ctx, n, n_threads, cache_types=kinds) as context:
-                chunks = (tokens.part(slice(i, i + 1)) for i in range(tokens.n_chunks))
-                return [context.evaluate(c.tokens, c.positions).copy() for c in chunks]
+            return model.context(tokens.n_ctx, n, n_threads, cache_types=kinds)
 
-        reference = [Reference.of(rows, pool) for rows in logits(USUAL, USUAL)]
+        original = np.empty((tokens.n_scored, model.n_vocab), np.float32)
+        with caching(USUAL, USUAL) as context:
+            for rows, logits in evaluated(context, tokens):
+                original[rows] = logits
+        reference = ReferenceRun(tokens, Reference.of(original, pool))
         for i, (cache, kind) in enumerate(wanted):
             on_progress("probing the KV cache", i, len(wanted))
             try:
-                found = logits(kind, USUAL) if cache == "k" else logits(USUAL, kind)
+                with caching(kind, USUAL) if cache == "k" else caching(USUAL, kind) as context:
+                    result = compared(context, reference, pool)
             except EngineError as error:
                 excluded[f"{cache} {kind}"] = str(error)
                 continue
-            result = Comparison.joined(
-                [
-                    compare(found[j], reference[j], following[j * per_chunk :][:per_chunk], pool)
-                    for j in range(tokens.n_chunks)
-                ]
-            )
             if result.is_finite:
                 probes[cache][kind] = estimate(result.kld_nats, tokens.n_chunks)
             else:
@@ -107,7 +103,7 @@ def measure_kv(
     provenance = Provenance(
         model_sha256,
         llama.build_info(),
-        settings={"n_ctx": n_ctx, "texts": {t.name: t.sha256 for t in texts}},
+        settings={"n_ctx": tokens.n_ctx, "texts": {t.name: t.sha256 for t in texts}},
     )
     return KvSensitivity(provenance, probes["k"], probes["v"], excluded)
 

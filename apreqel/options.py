@@ -248,7 +248,7 @@ def build_options(
             0.0 if t == tensor.qtype.name else model.damage(tensor.name, t).nats for t in options
         ]
         damages.append(np.array(damage))
-    own = {t.name: t.qtype.name for t in inventory.tensors}
+    own = inventory.types
     in_place = sum(
         padded_bytes(t, t.qtype.name, inventory.alignment) for t in inventory.quantizable
     )

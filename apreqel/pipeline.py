@@ -661,7 +661,7 @@ def _holds(path: Path, made: Plan) -> bool:
         found = read_inventory(path)
     except ModelFileError:
         return False
-    same = {t.name: t.qtype.name for t in found.tensors} == dict(made.types)
+    same = found.types == dict(made.types)
     return same and found.headers[0].get("apreqel.plan") == made.metadata["apreqel.plan"]
 
 

@@ -456,7 +456,7 @@ class Planner:
         options, solution = solved.options, solved.solution
         picked_types = options.types_of(solution)
         cache_types = picked_types.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
-        own = {t.name: t.qtype.name for t in inventory.tensors}
+        own = inventory.types
         chosen = own | (dict(types) if types else picked_types)
         metadata = self.metadata
         metadata["apreqel.plan"] = map_digest(

@@ -36,7 +36,6 @@ _LOGITS_BYTES = 256 << 20
 _WEIGHTS_AT_ONCE = 1 << 18
 _FIRST_PROBE_BITS = 4.5
 
-
 # Of a text's positions this part is scored: where the original is least sure what comes next. Over
 # 60 pairs that half told the damage on other text as well (log off by 0.146) as all did (0.153).
 _INFORMATIVE_PART = 0.5
@@ -44,7 +43,7 @@ _INFORMATIVE_PART = 0.5
 
 @dataclass(frozen=True)
 class ReferenceRun:
-    """The unquantised model at the scored positions of `tokens`; its logits are on disk."""
+    """The unquantised model at the scored positions of `tokens`."""
 
     tokens: TokenSet
     rows: Reference
@@ -55,6 +54,28 @@ class ReferenceRun:
         first, end, _ = chunks.indices(self.tokens.n_chunks)
         rows = slice(first * per_chunk, end * per_chunk)
         return ReferenceRun(self.tokens.part(chunks), self.rows.part(rows))
+
+
+def evaluated(context: llama.Context, tokens: TokenSet) -> Iterator[tuple[slice, Floats]]:
+    """Logits of the scored positions: (range of positions, [n, vocabulary]) per decode."""
+    first = 0
+    for start in range(0, tokens.n_chunks, context.n_sequences):
+        part = tokens.part(slice(start, start + context.n_sequences))
+        rows = slice(first, first := first + part.n_scored)
+        yield rows, context.evaluate(part.tokens, part.positions)
+
+
+def compared(
+    context: llama.Context, reference: ReferenceRun, pool: ThreadPoolExecutor
+) -> Comparison:
+    """A model against the reference, at every position that this was scored at."""
+    following = reference.tokens.next_tokens.reshape(-1)
+    return Comparison.joined(
+        [
+            compare(logits, reference.rows.part(rows), following[rows], pool)
+            for rows, logits in evaluated(context, reference.tokens)
+        ]
+    )
 
 
 def sequences_at_once(n_ctx: int, n_vocab: int, n_chunks: int) -> int:
@@ -76,8 +97,7 @@ def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator
     Written by the C program, which checks every weight. Raises OutputError, ModelFileError (NaN).
     """
     target = scratch_type(inventory)
-    types = {t.name: t.qtype.name for t in inventory.tensors}
-    types |= {t.name: target.name for t in inventory.quantizable}
+    types = inventory.types | {t.name: target.name for t in inventory.quantizable}
     require_space(folder, inventory.output_size(types), "the scratch copy of the model")
     place = Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
     try:
@@ -156,13 +176,8 @@ class ProbeBench:
     # -- evaluation --
 
     def logits(self, tokens: TokenSet) -> Iterator[tuple[slice, Floats]]:
-        """Logits of the scored positions: (range of positions, [n, vocabulary]) per decode."""
-        step, per_chunk = self._context.n_sequences, tokens.n_scored // tokens.n_chunks
-        for start in range(0, tokens.n_chunks, step):
-            part = tokens.part(slice(start, start + step))
-            first = start * per_chunk
-            rows = slice(first, first + part.n_scored)
-            yield rows, self._context.evaluate(part.tokens, part.positions)
+        """See `evaluated`."""
+        return evaluated(self._context, tokens)
 
     def reference(
         self, tokens: TokenSet, folder: Path, informative_part: float = _INFORMATIVE_PART
@@ -193,14 +208,8 @@ class ProbeBench:
         return ReferenceRun(scored, Reference.of(store, self.pool))
 
     def compare(self, reference: ReferenceRun) -> Comparison:
-        """The model as it is now against the reference, at every scored position."""
-        following = reference.tokens.next_tokens.reshape(-1)
-        return Comparison.joined(
-            [
-                compare(logits, reference.rows.part(rows), following[rows], self.pool)
-                for rows, logits in self.logits(reference.tokens)
-            ]
-        )
+        """The model as it is now against the reference."""
+        return compared(self._context, reference, self.pool)
 
     def probe(self, types: Mapping[str, QuantType], reference: ReferenceRun) -> Comparison:
         """The model with the tensors of `types` fake-quantised, against the reference."""

@@ -449,7 +449,7 @@ def nearest_types(
         other = lookup(name)
         return abs(other.bits_per_weight - wanted), other.ggml_id
 
-    types = {t.name: t.qtype.name for t in inventory.tensors}
+    types = inventory.types
     for tensor in inventory.quantizable:
         if is_multiplied(tensor, inventory):
             timed = profile.types_for(tensor, inventory)

@@ -32,7 +32,6 @@ from apreqel.damage import (
 )
 from apreqel.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from apreqel.knapsack import Limit, solve
-from apreqel.metrics import compare
 from apreqel.probing import TensorErrors, first_type
 from apreqel.qtypes import QuantType, lookup
 from apreqel.quantize import quantize_model
@@ -50,8 +49,8 @@ SENSITIVITY_FILE, IMATRIX_FILE = "sensitivity.json", "imatrix.gguf"
 # Plans whose choices further probes are to settle, in bits per weight of the quantised tensors.
 LADDER_BITS = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.75, 7.5)
 _PROBES_PER_ROUND = 16
-# No more probes once no choice of a ladder plan is expected to gain this part of its damage.
-_SETTLED = 2e-4
+# No more probes once no pair is expected to gain this part of a ladder plan's damage.
+_SETTLED = 2e-5
 _SAVE_EVERY_SECONDS = 10.0
 _KERNEL_CHUNKS = 8
 # One type for each way in which kernels round activations.
@@ -448,11 +447,10 @@ class _Run:
                 continue
             self.on_progress("measuring what kernels lose", i, self.effort.kernel_types)
             dequantised = bench.probe({n: lookup(kind) for n in names}, part)
-            types = {t.name: t.qtype.name for t in self.inventory.tensors}
             path = self.scratch.parent / f"{kind}.gguf"
             quantize_model(
                 self.inventory,
-                types | dict.fromkeys(names, kind),
+                self.inventory.types | dict.fromkeys(names, kind),
                 path,
                 imatrix=bench.imatrix,
                 n_threads=self.n_threads,
@@ -468,21 +466,12 @@ class _Run:
 
     def _real_file(self, path: Path, part: ReferenceRun, bench: ProbeBench) -> float:
         """Mean KLD of a file as llama.cpp runs it, on the probe text."""
-        following, klds = part.tokens.next_tokens.reshape(-1), []
         n = probing.sequences_at_once(part.tokens.n_ctx, self.model.n_vocab, part.tokens.n_chunks)
         with (
             llama.LoadedModel(path) as model,
             model.context(part.tokens.n_ctx, n, self.n_threads) as context,
         ):
-            first = 0
-            for start in range(0, part.tokens.n_chunks, n):
-                tokens = part.tokens.part(slice(start, start + n))
-                rows = slice(first, first := first + tokens.n_scored)
-                logits = context.evaluate(tokens.tokens, tokens.positions)
-                klds.append(
-                    compare(logits, part.rows.part(rows), following[rows], bench.pool).kld_nats
-                )
-        return float(np.concatenate(klds).mean())
+            return float(probing.compared(context, part, bench.pool).kld_nats.mean())
 
     def _further_probes(
         self, state: Sensitivity, bench: ProbeBench, reference: ReferenceRun
@@ -579,7 +568,7 @@ def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list
         return known is None or len(known.kld) < n_chunks
 
     best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]
-    return [pair for pair in best if gains[pair] > _SETTLED / 10]
+    return [pair for pair in best if gains[pair] > _SETTLED]
 
 
 @dataclass(frozen=True)

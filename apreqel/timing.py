@@ -525,7 +525,7 @@ def tune_threads(
     candidates = sorted({1, max(1, most // 2), default_threads(), most})
     kinds = [q.name for q in timed_types(inventory, None)]
     kind = next((k for k in ("Q4_0", "Q8_0") if k in kinds), kinds[0])
-    types = {t.name: t.qtype.name for t in inventory.tensors}
+    types = inventory.types
     types |= {t.name: kind for t in inventory.quantizable if kind in t.legal_types}
     path = place / "threads.gguf"
     write_shapes(inventory, types, path)

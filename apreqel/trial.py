@@ -11,10 +11,9 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,8 +23,8 @@ from apreqel.artifacts import Provenance
 from apreqel.calibration import TokenSet
 from apreqel.damage import Knot
 from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, VerificationError
-from apreqel.metrics import Comparison, Estimate, Reference, compare, estimate, ratio_interval
-from apreqel.probing import sequences_at_once
+from apreqel.metrics import Comparison, Estimate, Reference, estimate, ratio_interval
+from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.quantize import quantize_model
 
 if TYPE_CHECKING:
@@ -60,73 +59,59 @@ def running(
             yield model, context
 
 
-def _batches(tokens: TokenSet, step: int) -> Iterator[tuple[slice, TokenSet]]:
-    first = 0
-    for start in range(0, tokens.n_chunks, step):
-        part = tokens.part(slice(start, start + step))
-        yield slice(first, first := first + part.n_scored), part
+@contextmanager
+def on_text(
+    original: Path,
+    cut: Callable[[llama.LoadedModel], TokenSet],
+    n_ctx: int,
+    folder: Path,
+    n_threads: int,
+    on_progress: Progress = lambda what, done, total: None,
+) -> Iterator[OnText]:
+    """Evaluate the original on the tokens that `cut` makes with its tokenizer.
+
+    Its logits are kept in a file in `folder` meanwhile. Raises EngineError.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (
+        tempfile.TemporaryDirectory(prefix="text-", dir=folder) as scratch,
+        ThreadPoolExecutor(n_threads) as pool,
+    ):
+        with running(original, n_ctx, n_threads) as (model, context):
+            tokens = cut(model)
+            shape = tokens.n_scored, model.n_vocab
+            artifacts.require_space(folder, 4 * shape[0] * shape[1], "the original's logits")
+            store = np.memmap(Path(scratch) / "reference.f32", np.float32, "w+", shape=shape)
+            for rows, logits in evaluated(context, tokens):
+                on_progress("evaluating the original", rows.start, tokens.n_scored)
+                if not np.isfinite(logits).all():
+                    raise EngineError(f"{original}: gives NaN or Inf logits")
+                store[rows] = logits
+        yield OnText(ReferenceRun(tokens, Reference.of(store, pool)), n_threads, pool)
 
 
+@dataclass(frozen=True)
 class OnText:
-    """The original's logits at all scored positions of a text, and other files against them."""
+    """The original at all scored positions of a text, and other files against it."""
 
-    def __init__(
-        self,
-        original: Path,
-        cut: Callable[[llama.LoadedModel], TokenSet],
-        n_ctx: int,
-        folder: Path,
-        n_threads: int,
-        on_progress: Progress = lambda what, done, total: None,
-    ) -> None:
-        """`cut` makes the text's tokens with the model's tokenizer. Raises EngineError."""
-        self._n_ctx, self._n_threads = n_ctx, n_threads
-        self._stack = ExitStack()
-        with ExitStack() as stack:
-            folder.mkdir(parents=True, exist_ok=True)
-            scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="text-", dir=folder))
-            self._pool = stack.enter_context(ThreadPoolExecutor(n_threads))
-            with running(original, n_ctx, n_threads) as (model, context):
-                tokens = self.tokens = cut(model)
-                shape = tokens.n_scored, model.n_vocab
-                artifacts.require_space(folder, 4 * shape[0] * shape[1], "the original's logits")
-                store = np.memmap(Path(scratch) / "reference.f32", np.float32, "w+", shape=shape)
-                for rows, part in _batches(tokens, context.n_sequences):
-                    on_progress("evaluating the original", rows.start, tokens.n_scored)
-                    store[rows] = context.evaluate(part.tokens, part.positions)
-                    if not np.isfinite(store[rows]).all():
-                        raise EngineError(f"{original}: gives NaN or Inf logits")
-            self._reference = Reference.of(store, self._pool)
-            self._stack = stack.pop_all()
+    reference: ReferenceRun
+    n_threads: int
+    pool: ThreadPoolExecutor
 
-    def __enter__(self) -> OnText:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        del self._reference
-        self._stack.close()
+    @property
+    def tokens(self) -> TokenSet:
+        return self.reference.tokens
 
     def compare(self, path: Path) -> Comparison:
         """Raises EngineError (NaN, or it does not load), VerificationError for another model."""
-        following, parts = self.tokens.next_tokens.reshape(-1), []
-        with running(path, self._n_ctx, self._n_threads) as (model, context):
-            n_vocab = self._reference.logits.shape[1]
+        with running(path, self.tokens.n_ctx, self.n_threads) as (model, context):
+            n_vocab = self.reference.rows.logits.shape[1]
             if model.n_vocab != n_vocab:
                 raise VerificationError(
                     f"{path}: has {model.n_vocab} tokens in its vocabulary, the original "
                     f"{n_vocab}; it is another model"
                 )
-            for rows, part in _batches(self.tokens, context.n_sequences):
-                logits = context.evaluate(part.tokens, part.positions)
-                parts.append(
-                    compare(logits, self._reference.part(rows), following[rows], self._pool)
-                )
-        result = Comparison.joined(parts)
+            result = compared(context, self.reference, self.pool)
         if not result.is_finite:
             raise EngineError(f"{path}: gives NaN or Inf logits")
         return result
@@ -155,7 +140,7 @@ class Trial:
         return ratio_interval(ours, theirs, len(ours))
 
 
-class Trials:
+class Trials(AbstractContextManager["Trials"]):
     """Measures maps, each once. A context manager; the text is evaluated when first needed."""
 
     def __init__(
@@ -174,20 +159,12 @@ class Trials:
         self._tokens = TokenSet.scored_from(tokens.shape[1] // 2, "check", tokens, "")
         self._provenance = _provenance(state)
         self._known = read_trials(folder, state)
+        self._stack = ExitStack()
         self._text: OnText | None = None
 
-    def __enter__(self) -> Trials:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._text is not None:
-            self._text.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
         self._text = None
+        self._stack.close()
 
     @property
     def knots(self) -> list[Knot]:
@@ -201,7 +178,7 @@ class Trials:
                 self._known[_key(types)] = found = replace(found, label=label)
             return replace(found, label=label)
         if self._text is None:
-            self._text = OnText(
+            evaluated_original = on_text(
                 self._inventory.files[0],
                 lambda _: self._tokens,
                 self._tokens.n_ctx,
@@ -209,6 +186,7 @@ class Trials:
                 self._n_threads,
                 self._on_progress,
             )
+            self._text = self._stack.enter_context(evaluated_original)
         with tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder) as place:
             path = Path(place) / "trial.gguf"
             self._on_progress(f"trying a real file: {label}", 0, 1)

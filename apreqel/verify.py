@@ -21,7 +21,7 @@ from apreqel.errors import ArtifactError, UnsupportedModelError, VerificationErr
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.metrics import Comparison, Estimate, estimate, ratio_interval
 from apreqel.timing import time_file
-from apreqel.trial import OnText
+from apreqel.trial import on_text
 
 if TYPE_CHECKING:
     from apreqel.imatrix import Imatrix
@@ -142,7 +142,7 @@ def _loaded(row: dict[str, Any]) -> Measured:
 
 def check_types(path: Path, types: Mapping[str, str]) -> None:
     """Re-read `path`; raise VerificationError naming a tensor whose type is not the planned one."""
-    found = {t.name: t.qtype.name for t in read_inventory(path).tensors}
+    found = read_inventory(path).types
     for name in sorted(found.keys() | types.keys()):
         if found.get(name) != types.get(name):
             raise VerificationError(
@@ -177,18 +177,18 @@ def verify(
     paths = [original.files[0], *files.values()]
     inventories = [original, *(read_inventory(p) for p in files.values())]
     comparisons: list[Comparison] = []
-    with OnText(
+    with on_text(
         paths[0],
         lambda model: calibration.verification_set(model, text, settings.n_ctx, settings.n_scored),
         settings.n_ctx,
         folder,
         n_threads,
         on_progress,
-    ) as on_text:
-        tokens = on_text.tokens
+    ) as text_run:
+        tokens = text_run.tokens
         for i, (label, path) in enumerate(zip(labels, paths, strict=True)):
             on_progress(f"evaluating {label}", i, len(labels))
-            comparisons.append(on_text.compare(path))
+            comparisons.append(text_run.compare(path))
     on_progress("evaluating", len(labels), len(labels))
     speeds: list[Speed | None] = [None] * len(paths)
     if settings.with_speed:

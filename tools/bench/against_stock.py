@@ -18,7 +18,7 @@ from apreqel import calibration, candidates, pipeline, plan, quantize, verify
 from apreqel.console import Reporter
 from apreqel.metrics import estimate, ratio_interval
 from apreqel.plan import PlanRequest
-from apreqel.trial import OnText
+from apreqel.trial import on_text
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 
@@ -77,7 +77,7 @@ def main() -> None:
             files["smallest"] = write("smallest", dict(made.types), made.extra_metadata())
             predicted["smallest"] = made
             pairs.append(("smallest", "Q4_K_M"))
-        text = OnText(
+        text_run = on_text(
             space.inventory.files[0],
             lambda model: calibration.verification_set(
                 model, calibration.read_text(args.text), 512, args.tokens
@@ -86,7 +86,7 @@ def main() -> None:
             space.folder,
             space.n_threads,
         )
-        with text:
+        with text_run as text:
             results = {}
             for label, path in files.items():
                 results[label] = text.compare(path)

@@ -48,7 +48,7 @@ def main() -> None:
     args = parser.parse_args()
     inventory, report = read_inventory(args.model), Reporter()
     pairs = [tuple(pair.upper().split("/")) for pair in args.caches]
-    own = {t.name: t.qtype.name for t in inventory.tensors}
+    own = inventory.types
     needed = {"F16", "Q8_0", *own.values(), *(kind for pair in pairs for kind in pair)}
     with tempfile.TemporaryDirectory(prefix="caches-", dir=args.workdir) as folder:
         profile = measure_profile(

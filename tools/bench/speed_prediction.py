@@ -28,7 +28,7 @@ def mixed_plans(inventory: Inventory, count: int) -> dict[str, dict[str, str]]:
     usable = {q.name for q in timed_types(inventory, None) if not q.needs_imatrix}
     plans = {}
     for i in range(count):
-        types = {t.name: t.qtype.name for t in inventory.tensors}
+        types = inventory.types
         few = chance.sample(sorted(usable), 3)
         by_role: dict[str, str] = {}
         for tensor in inventory.quantizable:
