@@ -55,17 +55,16 @@ def confirmed_plan(planner: Planner, trials: Trials) -> Plan:
     """
     state, request = planner.sensitivity, planner.request
     target = _target(planner, trials)
-    solved, trial = _within(planner, target, trials)
-    state.knots = trials.knots
-    state.renew_model()
+    solved, trial, loss = _within(planner, target, trials)
+    state.learn_totals(trials.knots)
     made, chosen = planner.plan(solved), trial
     rivals = [trials.measure(label, types) for label, types in rival_maps(planner, solved)]
     notes = list(made.notes)
-    beyond = target is not None and _loss(planner, solved, trial) > target
+    beyond = target is not None and loss > target
     if beyond:
         notes.append(
-            f"as a real file it measures {_loss(planner, solved, trial):.5f} nats, beyond the "
-            f"limit of {target:.5f}; no plan was found that keeps to it and to the other limits"
+            f"as a real file it measures {loss:.5f} nats, beyond the limit of {target:.5f}; no "
+            "plan was found that keeps to it and to the other limits"
         )
     better = [r for r in rivals if r.kld.mean < trial.kld.mean and solved.allows(r.types)]
     by_closeness = request.prefer in ("accuracy", "balanced") and not request.weights
@@ -129,19 +128,20 @@ def try_ladder(
     for budget in budgets:
         solution = solve(options.damages, [Limit("size", options.sizes, budget)])
         trials.measure("ladder", own | options.types_of(solution))
-    sensitivity.knots = trials.knots
-    sensitivity.renew_model()
+    sensitivity.learn_totals(trials.knots)
 
 
-def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Solved, Trial]:
+def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Solved, Trial, float]:
     """The plan as solved or, with a target, the one that comes closest to it from below.
 
-    Where damage is not what is traded for size or speed, a plan below the target is left alone.
+    With its real file, and what a run would lose with that: as measured, and beside the weights as
+    predicted. Where damage is not what is traded for size or speed, a plan below the target is left
+    alone.
     """
     request = planner.request
     uses_room = request.prefer in ("memory", "latency") and not request.weights
     ease = 1.0
-    found: list[tuple[float, float, Solved, Trial]] = []
+    found: list[tuple[float, float, tuple[Solved, Trial, float]]] = []
     for _ in range(_ROUNDS):
         try:
             solved = planner.solve(ease)
@@ -149,24 +149,19 @@ def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Sol
             if not found:
                 raise
             break
-        types = planner.plan(solved).types
-        trial = trials.measure("plan", types)
+        made = planner.plan(solved)
+        trial = trials.measure("plan", made.types)
+        loss = trial.kld.mean + made.beside_nats
         if target is None:
-            return solved, trial
-        loss = _loss(planner, solved, trial)
+            return solved, trial, loss
         ratio = loss / target if target > 0 else math.inf
-        found.append((ratio, ease, solved, trial))
+        found.append((ratio, ease, (solved, trial, loss)))
         if (_NEAR <= ratio <= 1) or (ratio <= 1 and not uses_room) or not 0 < ratio < math.inf:
             break
-        ease = _next_ease([(ratio, tried) for ratio, tried, *_ in found])
+        ease = _next_ease([row[:2] for row in found])
     below = [row for row in found if row[0] <= 1]
     best = max(below, key=lambda row: row[0]) if below else min(found, key=lambda row: row[0])
-    return best[2], best[3]
-
-
-def _loss(planner: Planner, solved: Solved, trial: Trial) -> float:
-    """What a run would lose with this file: as measured, and beside the weights as predicted."""
-    return trial.kld.mean + planner.plan(solved).beside_nats
+    return best[2]
 
 
 def _next_ease(found: Sequence[tuple[float, float]]) -> float:

@@ -64,33 +64,26 @@ def pareto_front(
 
     Raises InfeasiblePlanError where nothing meets the limits.
     """
-    n_prompt = request.workload[0]
-    depth = n_prompt + request.workload[1] // 2
-    options = build_options(
-        inventory, sensitivity, records, profile, depth, request.constraints, experts, n_prompt
-    )
-    free = replace(request, max_size_bytes=None, target_bpw=None)
-    limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
+    n_prompt, depth = request.workload[0], request.depth
+    options, limits, worst = _room(inventory, sensitivity, request, records, profile, experts)
     stock = [
         _stock_point(name, inventory, sensitivity, profile, depth, n_prompt)
         for name in _STOCK_SHOWN
     ]
-    usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
     lost = options.fixed_damage
     found: list[tuple[str, Solution]] = []
     n_sizes = n_points if options.timings is None else -(-n_points // 2)
-    for size in sizes_of(options, limits, _WORST_TIMES_STOCK * usual, n_sizes):
+    for size in sizes_of(options, limits, worst, n_sizes):
         within = [options.size_limit(size), *limits]
         closest = solve(options.damages, within, _GAP)
         found.append(("closest", closest))
         if options.timings is not None:
-            allowed = options.raw_damage_limit(_FAST_ALLOWANCE * closest.objective, "closeness")
+            allowed = options.damage_limit(_FAST_ALLOWANCE * closest.objective, "closeness")
             seconds = options.timings.workload_seconds(*request.workload)
             found.append(("fast", solve(seconds, [*within, allowed], _GAP)))
     points = []
     for label, solution in found:
-        own = inventory.types
-        types = own | options.types_of(solution)
+        types = inventory.types | options.types_of(solution)
         damage = sum(float(row[c]) for row, c in zip(options.damages, solution.choice, strict=True))
         speed = None
         if profile:
@@ -112,15 +105,32 @@ def ladder_sizes(
 ) -> list[float]:
     """File sizes of a ladder within the request's limits. Raises InfeasiblePlanError."""
     timed = profile if request.needs_profile else None
-    n_prompt = request.workload[0]
-    depth = n_prompt + request.workload[1] // 2
+    return sizes_of(*_room(inventory, sensitivity, request, records, timed, experts), count)
+
+
+def _room(
+    inventory: Inventory,
+    sensitivity: Sensitivity,
+    request: PlanRequest,
+    records: Sequence[bytes],
+    profile: DeviceProfile | None,
+    experts: ExpertUse | None,
+) -> tuple[Options, list[Limit], float]:
+    """The choices, the limits but for those on size, and the most that damages may sum to."""
     options = build_options(
-        inventory, sensitivity, records, timed, depth, request.constraints, experts, n_prompt
+        inventory,
+        sensitivity,
+        records,
+        profile,
+        request.depth,
+        request.constraints,
+        experts,
+        request.workload[0],
     )
     free = replace(request, max_size_bytes=None, target_bpw=None)
-    limits = hard_limits(inventory, options, free, timed, request.n_ctx or 4096)
+    limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
     usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
-    return sizes_of(options, limits, _WORST_TIMES_STOCK * usual, count)
+    return options, limits, _WORST_TIMES_STOCK * usual
 
 
 def sizes_of(options: Options, limits: Sequence[Limit], worst: float, count: int) -> list[float]:
@@ -129,7 +139,7 @@ def sizes_of(options: Options, limits: Sequence[Limit], worst: float, count: int
     The largest is nearly lossless. Equal steps of the logarithm, as sizes matter to people.
     """
     try:
-        start = solve(options.sizes, [options.raw_damage_limit(worst, "closeness"), *limits])
+        start = solve(options.sizes, [options.damage_limit(worst, "closeness"), *limits])
     except InfeasiblePlanError:
         start = solve(options.sizes, limits)
     least = options.fixed_bytes + start.objective

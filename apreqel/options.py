@@ -163,16 +163,12 @@ class Options:
             (1e6, "1 MB more"),
         )
 
-    def damage_limit(self, nats: float, name: str = "--max-kld") -> Limit:
-        """`nats` as a real file measures them."""
-        return self.raw_damage_limit(self.raw_damage(nats), name)
-
     def raw_damage(self, nats: float) -> float:
         """The sum of tensors' damages at which a whole run measures as `nats`."""
         left = nats - self.fixed_damage
         return self.model.raw(left) if left > 0 else left
 
-    def raw_damage_limit(self, raw: float, name: str) -> Limit:
+    def damage_limit(self, raw: float, name: str) -> Limit:
         """`raw` as a sum of the tensors' damages."""
 
         def show(total: float) -> str:

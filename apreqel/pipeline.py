@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -248,7 +248,7 @@ def probe(
     )
     imatrix = load_imatrix(space)
     with trials_of(space, state, imatrix) as trials:
-        records = planning.encode_metadata(planning.output_metadata(imatrix))
+        records = planning.output_records(imatrix)
         candidates.try_ladder(space.inventory, state, records, trials, _LADDER_TRIALS[effort.name])
     return state, imatrix
 
@@ -278,8 +278,16 @@ def measured(space: Workspace) -> tuple[Sensitivity, Imatrix] | None:
         raise ArtifactError(
             f"{imatrix}: is not the imatrix that was probed with; run apreqel probe"
         )
-    state.knots = trying.knots(trying.read_trials(space.folder, state))
+    state.learn_totals(trying.knots(trying.read_trials(space.folder, state)))
     return state, load_imatrix(space)
+
+
+def require_measured(space: Workspace) -> tuple[Sensitivity, Imatrix]:
+    """What an earlier probe left complete. Raises ArtifactError where there is none."""
+    known = measured(space)
+    if known is None:
+        raise ArtifactError(f"{space.folder}: not probed yet; run apreqel probe first")
+    return known
 
 
 def use_metric(state: Sensitivity, metric: str) -> None:
@@ -344,10 +352,24 @@ def plan(
     With `check` it is measured as a real file beside its rivals, and the best is kept. With
     `refine` exchanges around it are probed too, and a plan made from them is tried.
     """
+    with trials_of(space, state, imatrix) if check else nullcontext() as trials:
+        return _plan(space, request, state, imatrix, device_profile, output, trials, refine)
+
+
+def _plan(
+    space: Workspace,
+    request: PlanRequest,
+    state: Sensitivity,
+    imatrix: Imatrix,
+    device_profile: DeviceProfile | None,
+    output: Path | None,
+    trials: Trials | None,
+    refine: bool = False,
+) -> tuple[Plan, Path]:
     kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
     experts = expert_use(space, request)
     if request.longest_context:
-        records = planning.encode_metadata(planning.output_metadata(imatrix))
+        records = planning.output_records(imatrix)
         request = planning.with_longest_context(
             space.inventory, state, request, device_profile, kv, records, experts
         )
@@ -356,14 +378,13 @@ def plan(
         space.inventory, state, imatrix, request, space.folder, device_profile, kv, experts
     )
     path = output or space.folder / planning.PLAN_FILE
-    if not check:
-        made = planner.plan(planner.solve())
+    if trials is None:
+        made = planner.plan()
     else:
-        with trials_of(space, state, imatrix) as trials:
-            made = candidates.confirmed_plan(planner, trials)
-            if refine:
-                _write_plan(made, path, space.inventory)
-                made = _refined(space, planner, made, trials)
+        made = candidates.confirmed_plan(planner, trials)
+        if refine:
+            _write_plan(made, path, space.inventory)
+            made = _refined(space, planner, made, trials)
     _write_plan(made, path, space.inventory)
     return made, path
 
@@ -394,7 +415,7 @@ def front(
     device_profile: DeviceProfile | None,
 ) -> Front:
     """What can be had of size, closeness and speed."""
-    records = planning.encode_metadata(planning.output_metadata(imatrix))
+    records = planning.output_records(imatrix)
     experts = expert_use(space, request)
     return fronts.pareto_front(
         space.inventory, state, request, records, device_profile, experts=experts
@@ -411,16 +432,17 @@ def ladder(
     check: bool = True,
 ) -> list[tuple[Plan, Path]]:
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
-    records = planning.encode_metadata(planning.output_metadata(imatrix))
+    records = planning.output_records(imatrix)
     sizes = fronts.ladder_sizes(
         space.inventory, state, request, records, device_profile, count, expert_use(space, request)
     )
     made = []
-    for i, size in enumerate(sizes, 1):
-        space.on_progress("planning", i - 1, count)
-        step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
-        output = space.folder / f"plan-ladder-{i}.json"
-        made.append(plan(space, step, state, imatrix, device_profile, output, check))
+    with trials_of(space, state, imatrix) if check else nullcontext() as trials:
+        for i, size in enumerate(sizes, 1):
+            space.on_progress("planning", i - 1, count)
+            step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
+            output = space.folder / f"plan-ladder-{i}.json"
+            made.append(_plan(space, step, state, imatrix, device_profile, output, trials))
     return made
 
 
@@ -551,12 +573,9 @@ def compare(
     space: Workspace, file_bytes: int, *, text: Text, settings: VerifySettings
 ) -> VerificationReport:
     """Other ways to choose types, on the same measurements: real files, measured side by side."""
-    known = measured(space)
-    if known is None:
-        raise ArtifactError(f"{space.folder}: not probed yet; run apreqel probe first")
-    state, imatrix = known
+    state, imatrix = require_measured(space)
     timed = stored_profile(space.n_threads)
-    records = planning.encode_metadata(planning.output_metadata(imatrix))
+    records = planning.output_records(imatrix)
     made = comparing.strategies(
         space.inventory,
         state,

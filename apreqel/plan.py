@@ -99,6 +99,12 @@ class PlanRequest:
         latency = self.prefer == "latency" or self.weights.get("latency", 0) > 0
         return latency or any(wish is not None for wish in wishes)
 
+    @property
+    def depth(self) -> int:
+        """Tokens of context that decode is reckoned at: half of the answer is written."""
+        n_prompt, n_generated = self.workload
+        return n_prompt + n_generated // 2
+
 
 def request_from(settings: Mapping[str, Any]) -> PlanRequest:
     """A request as a plan recorded it. Raises ArtifactError."""
@@ -227,6 +233,11 @@ def output_metadata(imatrix: Imatrix) -> dict[str, str | int]:
     }
 
 
+def output_records(imatrix: Imatrix) -> list[bytes]:
+    """`output_metadata` as GGUF records."""
+    return encode_metadata(output_metadata(imatrix))
+
+
 def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
     return [
         encode_kv(key, _STRING if isinstance(value, str) else _UINT32, value)
@@ -328,8 +339,7 @@ def solve_request(
             "apreqel profile MODEL first"
         )
     n_ctx = usable_context(inventory, request.n_ctx)
-    n_prompt, n_generated = request.workload
-    depth = n_prompt + n_generated // 2
+    n_prompt, depth = request.workload[0], request.depth
     timed = profile if request.needs_profile else None
     options = build_options(
         inventory, sensitivity, records, timed, depth, request.constraints, experts, n_prompt
@@ -364,7 +374,7 @@ def solve_request(
             limits.append(options.size_limit(stock_size(inventory, stock), name))
         if request.prefer != "accuracy" and "--max-kld" not in asked:
             name = f"the quality of stock {DEFAULT_PRESET} (--max-kld)"
-            limits.append(options.raw_damage_limit(usual, name))
+            limits.append(options.damage_limit(usual, name))
         costs, unit = objective(options, request, stock)
         solution = solve(costs, limits)
     return Solved(options, limits, costs, unit, solution, depth, n_ctx, ease)
@@ -450,8 +460,9 @@ class Planner:
             ease,
         )
 
-    def plan(self, solved: Solved, types: Mapping[str, str] | None = None) -> Plan:
-        """The plan of what was solved; with `types` of another map for the weights."""
+    def plan(self, solved: Solved | None = None, types: Mapping[str, str] | None = None) -> Plan:
+        """The plan of what was solved, now if it was not; with `types` of another map."""
+        solved = solved or self.solve()
         inventory, profile, experts = self.inventory, self.profile, self.experts
         options, solution = solved.options, solved.solution
         picked_types = options.types_of(solution)
@@ -525,22 +536,6 @@ class Planner:
         )
 
 
-def make_plan(
-    inventory: Inventory,
-    sensitivity: Sensitivity,
-    imatrix: Imatrix,
-    request: PlanRequest,
-    workdir: Path,
-    *,
-    profile: DeviceProfile | None = None,
-    kv: KvSensitivity | None = None,
-    experts: ExpertUse | None = None,
-) -> Plan:
-    """Solve for `request`. Raises UsageError, InfeasiblePlanError, CalibrationError."""
-    planner = Planner(inventory, sensitivity, imatrix, request, workdir, profile, kv, experts)
-    return planner.plan(planner.solve())
-
-
 def objective(
     options: Options, request: PlanRequest, stock: Mapping[str, str]
 ) -> tuple[Sequence[Doubles], str]:
@@ -582,7 +577,7 @@ def hard_limits(
         limits.append(options.size_limit(budget))
     if request.max_kld_nats is not None:
         raw = ease * options.raw_damage(request.max_kld_nats)
-        limits.append(options.raw_damage_limit(raw, "--max-kld"))
+        limits.append(options.damage_limit(raw, "--max-kld"))
     if request.max_ram_bytes is not None:
         assert profile is not None
         outside = rest_bytes(profile, inventory, n_ctx)
@@ -620,7 +615,7 @@ def knee(
     The front is taken from the smallest plan whose damages sum to at most `worst` up: below that
     every byte saved is dear, and the knee would be a ruin. With the limits it was solved under.
     """
-    first = [options.raw_damage_limit(worst, "the quality floor"), *limits]
+    first = [options.damage_limit(worst, "the quality floor"), *limits]
     start = solve(options.sizes, first)
     least = options.fixed_bytes + start.objective
     most = options.fixed_bytes + sum(

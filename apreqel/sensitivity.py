@@ -167,6 +167,11 @@ class Sensitivity:
         self.__dict__.pop("model", None)
         return self.model
 
+    def learn_totals(self, knots: Sequence[Knot]) -> None:
+        """Let real files tell how damages add up."""
+        self.knots = knots
+        self.renew_model()
+
     def save(self, path: Path) -> None:
         kept = {k: v for k, v in self.__dict__.items() if k not in _NOT_SAVED}
         kept["tensors"] = {name: asdict(t) for name, t in self.tensors.items()}

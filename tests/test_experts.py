@@ -137,8 +137,8 @@ def test_the_file_runs_as_planned(
     inventory, folder, state = probed
     use, weights = measured(inventory, folder, 1), load_imatrix(folder, inventory)
     request = PlanRequest(target_bpw=9.0, experts_used=1)
-    made = plan.make_plan(inventory, state, weights, request, folder, experts=use)
-    plain = plan.make_plan(inventory, state, weights, PlanRequest(target_bpw=9.0), folder)
+    made = plan.Planner(inventory, state, weights, request, folder, experts=use).plan()
+    plain = plan.Planner(inventory, state, weights, PlanRequest(target_bpw=9.0), folder).plan()
     assert made.types == plain.types and made.size_bytes == plain.size_bytes
     assert made.kld_nats == pytest.approx(plain.kld_nats + use.damage_nats)
     assert made.metadata["apreqel.plan"] != plain.metadata["apreqel.plan"]
@@ -199,7 +199,7 @@ def test_speed_is_of_the_count(probed: tuple[Inventory, Path, Sensitivity]) -> N
     assert signature(fewer) == signature(inventory) and profile.covers(fewer)
     request = PlanRequest(min_decode_tps=1e-3, experts_used=1, workload=(0, 1))
     weights = load_imatrix(folder, inventory)
-    made = plan.make_plan(inventory, state, weights, request, folder, profile=profile, experts=use)
+    made = plan.Planner(inventory, state, weights, request, folder, profile, experts=use).plan()
     assert made.speed is not None and made.speed_with_own_experts is not None
 
     def seconds(model: Inventory) -> float:

@@ -375,7 +375,8 @@ def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
 
 def make(inventory: Inventory, folder: Path, state: Sensitivity, **wishes: object) -> plan.Plan:
     request = PlanRequest(**wishes)  # type: ignore[arg-type]
-    return plan.make_plan(inventory, state, load_imatrix(folder, inventory), request, folder)
+    imatrix = load_imatrix(folder, inventory)
+    return plan.Planner(inventory, state, imatrix, request, folder).plan()
 
 
 def test_predicted_size_is_the_files(

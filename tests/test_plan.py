@@ -95,6 +95,10 @@ def test_every_limit_is_kept_and_the_prices_are_true(inventory: Inventory) -> No
 def test_wishes_that_cannot_be_met_together_are_answered(inventory: Inventory) -> None:
     request = PlanRequest("accuracy", min_decode_tps=0.0705, max_size_bytes=900_000)
     slow = solved(inventory, replace(request, min_decode_tps=0.01))
+
+    def within(nats: float) -> Limit:
+        return slow.options.damage_limit(slow.options.raw_damage(nats), "--max-kld")
+
     with pytest.raises(InfeasiblePlanError) as caught:
         solved(inventory, replace(request, max_kld_nats=1e-9))
     message = str(caught.value)
@@ -104,7 +108,7 @@ def test_wishes_that_cannot_be_met_together_are_answered(inventory: Inventory) -
     assert "with the others as they are, possible is --max-kld 0.0" in message
     with pytest.raises(InfeasiblePlanError, match=r"tokens/s: cannot be met; the nearest possible"):
         solved(inventory, PlanRequest(min_prefill_tps=1e6))
-    limits = [*slow.limits, slow.options.damage_limit(slow.solution.objective * 0.9)]
+    limits = [*slow.limits, within(slow.solution.objective * 0.9)]
     with pytest.raises(InfeasiblePlanError) as caught:
         solve(slow.options.sizes, limits)
     message = str(caught.value)
@@ -114,7 +118,7 @@ def test_wishes_that_cannot_be_met_together_are_answered(inventory: Inventory) -
     )
     # Its advice is right: with that KLD it works.
     nats = float(message.split("or --max-kld ")[1].split()[0])
-    solve(slow.options.sizes, [*slow.limits, slow.options.damage_limit(nats + 1e-5)])
+    solve(slow.options.sizes, [*slow.limits, within(nats + 1e-5)])
 
 
 def test_latency_is_of_the_workload(inventory: Inventory) -> None:

@@ -36,10 +36,7 @@ def main() -> None:
     with pipeline.open_workspace(
         args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
     ) as space:
-        known = pipeline.measured(space)
-        if known is None:
-            raise SystemExit(f"{args.model}: run apreqel probe first")
-        state, imatrix = known
+        state, imatrix = pipeline.require_measured(space)
         files, predicted, pairs = {}, {}, []
 
         def write(label: str, types: dict[str, str], records: list[bytes]) -> Path:
@@ -59,7 +56,7 @@ def main() -> None:
         for preset in args.presets:
             stock = verify.build_preset(space.inventory, preset, imatrix, space.folder, 2)
             request = PlanRequest("accuracy", max_size_bytes=stock.stat().st_size)
-            made = plan.make_plan(space.inventory, state, imatrix, request, space.folder)
+            made = plan.Planner(space.inventory, state, imatrix, request, space.folder).plan()
             ours, records = f"ours {preset}", made.extra_metadata()
             files[ours] = write(ours, dict(made.types), records)
             files[preset] = stock

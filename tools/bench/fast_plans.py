@@ -34,10 +34,7 @@ def main() -> None:
     with pipeline.open_workspace(
         args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
     ) as space:
-        known, profile = pipeline.measured(space), pipeline.stored_profile(space.n_threads)
-        if known is None or profile is None:
-            raise SystemExit(f"{args.model}: run apreqel probe and apreqel profile first")
-        state, imatrix = known
+        (state, imatrix), profile = pipeline.require_measured(space), pipeline.profile(space)
         for preset in args.presets:
             stock = verify.build_preset(
                 space.inventory, preset, imatrix, space.folder, space.n_threads

@@ -33,10 +33,7 @@ def main() -> None:
     with pipeline.open_workspace(
         args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
     ) as space:
-        known = pipeline.measured(space)
-        if known is None:
-            raise SystemExit(f"{args.model}: run apreqel probe first")
-        state, imatrix = known
+        state, imatrix = pipeline.require_measured(space)
         pairs = [
             (name, kind)
             for name, tensor in state.tensors.items()

@@ -27,15 +27,12 @@ def main() -> None:
     with pipeline.open_workspace(
         args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
     ) as space:
-        known = pipeline.measured(space)
-        if known is None:
-            raise SystemExit(f"{args.model}: run apreqel probe first")
-        state, imatrix = known
+        state, imatrix = pipeline.require_measured(space)
         errors, held = [], []
         with pipeline.trials_of(space, state, imatrix) as trials:
             for bits in np.linspace(4.6, 8.0, args.plans):
                 request = PlanRequest("accuracy", target_bpw=float(bits))
-                made = plan.make_plan(space.inventory, state, imatrix, request, space.folder)
+                made = plan.Planner(space.inventory, state, imatrix, request, space.folder).plan()
                 real = trials.measure("tried", made.types).kld
                 low, high = made.kld_interval
                 errors.append(made.kld_nats / real.mean - 1)
