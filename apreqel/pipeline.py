@@ -249,7 +249,9 @@ def probe(
     imatrix = load_imatrix(space)
     with trials_of(space, state, imatrix) as trials:
         records = planning.output_records(imatrix)
-        candidates.try_ladder(space.inventory, state, records, trials, _LADDER_TRIALS[effort.name])
+        # Where --minutes cut probing short there is no time for files either.
+        count = 0 if state.cut_short else _LADDER_TRIALS[effort.name]
+        candidates.try_ladder(space.inventory, state, records, trials, count)
     return state, imatrix
 
 
