@@ -7,6 +7,7 @@ compares the logits with the reference's, and writes the old values back.
 
 from __future__ import annotations
 
+import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import numpy.typing as npt
 from apreqel import llama
 from apreqel.artifacts import require_space
 from apreqel.calibration import TokenSet
-from apreqel.errors import EngineError
+from apreqel.errors import EngineError, ModelFileError
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.metrics import Comparison, Reference, compare
@@ -84,20 +85,35 @@ def sequences_at_once(n_ctx: int, n_vocab: int, n_chunks: int) -> int:
     return max(1, min(n_chunks, 1024 // n_ctx, by_logits))
 
 
-def scratch_type(inventory: Inventory) -> QuantType:
-    """F16 for an F16 source, which is exact; else F32, which holds BF16 and any quant type."""
+def scratch_type(inventory: Inventory, room_bytes: float = math.inf) -> QuantType:
+    """F16 for an F16 source, which is exact; else F32, which holds BF16 and any quant type.
+
+    Q8_0 where that takes more than `room_bytes`: paged in from disk, every probe would take as long
+    as reading the model does.
+    """
     sources = {t.qtype.name for t in inventory.quantizable}
-    return lookup("F16") if sources <= {"F16"} else lookup("F32")
+    exact = lookup("F16") if sources <= {"F16"} else lookup("F32")
+    fits = inventory.output_size(_scratch_types(inventory, exact)) <= room_bytes
+    return exact if fits else lookup("Q8_0")
+
+
+def _scratch_types(inventory: Inventory, kind: QuantType) -> dict[str, str]:
+    """Types of the scratch copy; rows that do not hold Q8_0's blocks stay exact."""
+    exact = scratch_type(inventory).name if kind.is_quantized else kind.name
+    return inventory.types | {
+        t.name: kind.name if kind.name in t.legal_types else exact for t in inventory.quantizable
+    }
 
 
 @contextmanager
-def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator[Path]:
-    """The model as one float file in `folder`, gone afterwards.
+def scratch_copy(
+    inventory: Inventory, folder: Path, n_threads: int, kind: QuantType | None = None
+) -> Iterator[Path]:
+    """The model as one file of `kind` (or what `scratch_type` says) in `folder`, gone afterwards.
 
     Written by the C program, which checks every weight. Raises OutputError, ModelFileError (NaN).
     """
-    target = scratch_type(inventory)
-    types = inventory.types | {t.name: target.name for t in inventory.quantizable}
+    types = _scratch_types(inventory, kind or scratch_type(inventory))
     require_space(folder, inventory.output_size(types), "the scratch copy of the model")
     place = Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
     try:
@@ -108,17 +124,44 @@ def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator
         shutil.rmtree(place, ignore_errors=True)
 
 
-class ProbeBench:
-    """A loaded scratch model, its weights by name, and comparison with the reference."""
+def read_weights(
+    inventory: Inventory, name: str, rows: slice | npt.NDArray[np.intp] = slice(None)
+) -> Floats:
+    """Weights [rows, row length] from a model's file, its experts one after another.
 
-    def __init__(self, scratch: Path, context: llama.Context, n_threads: int) -> None:
+    Raises ModelFileError where the file is shorter than it was.
+    """
+    tensor = inventory.by_name[name]
+    path, row_bytes = inventory.files[tensor.shard], tensor.size_bytes // tensor.n_rows
+    if isinstance(rows, slice):
+        first, end, _ = rows.indices(tensor.n_rows)
+        parts = [(first, end - first)]
+    else:
+        parts = [(int(row), 1) for row in rows]
+    packed = np.concatenate(
+        [
+            np.fromfile(path, np.uint8, n * row_bytes, offset=tensor.offset + first * row_bytes)
+            for first, n in parts
+        ]
+    )
+    if packed.size != row_bytes * sum(n for _, n in parts):
+        raise ModelFileError(f"{path}: ends inside tensor {name}; it was changed meanwhile")
+    values = np.empty((packed.size // row_bytes, tensor.row_length), np.float32)
+    llama.read_values(packed, tensor.qtype, values)
+    return values
+
+
+class ProbeBench:
+    """A loaded scratch copy of a model, its weights by name, and comparison with the reference."""
+
+    def __init__(
+        self, original: Inventory, scratch: Path, context: llama.Context, n_threads: int
+    ) -> None:
         self.imatrix: Imatrix | None = None
-        self._context = context
+        self._original, self._context = original, context
         self._tensors = read_inventory(scratch).by_name
         self._map = np.memmap(scratch, np.uint8, "r+")
         self.pool = ThreadPoolExecutor(n_threads)
-        # Original bytes of tensors that `installed` has replaced.
-        self._originals: dict[str, npt.NDArray[np.uint8]] = {}
 
     def close(self) -> None:
         self.pool.shutdown()
@@ -127,51 +170,48 @@ class ProbeBench:
     # -- weights --
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._original.by_name[name]
 
     def importance(self, name: str) -> Floats | None:
         """The imatrix's weights of the tensor's columns, its experts one after another."""
         return self.imatrix.weights(name) if self.imatrix else None
 
     def weights(self, name: str, rows: slice | npt.NDArray[np.intp] = slice(None)) -> Floats:
-        """Original float32 weights [rows, row length], the experts one after another."""
+        """See `read_weights`."""
+        return read_weights(self._original, name, rows)
+
+    def _stored(self, name: str) -> npt.NDArray[np.uint8]:
+        """The rows of a tensor in the scratch copy, as bytes [rows, bytes of a row]."""
         tensor = self._tensors[name]
-        raw = self._originals.get(name)
-        stored = (self._stored(tensor) if raw is None else self._values(tensor, raw))[rows]
-        values = np.empty(stored.shape, np.float32)
-        values[:] = stored
-        return values
+        raw = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
+        rows: npt.NDArray[np.uint8] = raw.reshape(tensor.n_rows, -1)
+        return rows
 
-    def _stored(self, tensor: Tensor) -> npt.NDArray[np.floating]:
-        return self._values(tensor, self._bytes(tensor))
-
-    def _bytes(self, tensor: Tensor) -> npt.NDArray[np.uint8]:
-        raw: npt.NDArray[np.uint8] = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
-        return raw
-
-    @staticmethod
-    def _values(tensor: Tensor, raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.floating]:
-        dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
-        return raw.view(dtype).reshape(-1, tensor.row_length)
-
-    def fake_quantize(self, name: str, qtype: QuantType) -> Iterator[tuple[slice, Floats]]:
-        """Blocks of rows of a tensor as they read back from `qtype`, shared out over threads."""
-        tensor = self._tensors[name]
+    def _write(self, name: str, qtype: QuantType | None) -> None:
+        """Let the scratch copy hold a tensor as it reads back from `qtype`; None: as it was."""
+        tensor, stored = self._tensors[name], self._stored(name)
         importance = self.importance(name)
         rows_per_matrix = tensor.shape[1]
         step = max(1, min(rows_per_matrix, _WEIGHTS_AT_ONCE // tensor.row_length))
+
+        def write(rows: slice) -> None:
+            values = self.weights(name, rows)
+            if qtype is not None:
+                columns = expert_slice(importance, rows.start // rows_per_matrix, tensor)
+                values = llama.fake_quantize(values, qtype, columns)
+            if tensor.qtype.is_quantized:
+                packed = llama.quantize_rows(values, tensor.qtype, None)
+            else:
+                dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
+                packed = values.astype(dtype).view(np.uint8)
+            stored[rows] = packed.reshape(len(values), -1)
+
         blocks = [
-            slice(first, min(first + step, end))
+            slice(first, min(first + step, start + rows_per_matrix))
             for start in range(0, tensor.n_rows, rows_per_matrix)
-            for end in (start + rows_per_matrix,)
-            for first in range(start, end, step)
+            for first in range(start, start + rows_per_matrix, step)
         ]
-
-        def one(rows: slice) -> tuple[slice, Floats]:
-            column_weights = expert_slice(importance, rows.start // rows_per_matrix, tensor)
-            return rows, llama.fake_quantize(self.weights(name, rows), qtype, column_weights)
-
-        return self.pool.map(one, blocks)
+        list(self.pool.map(write, blocks))
 
     # -- evaluation --
 
@@ -211,47 +251,26 @@ class ProbeBench:
         """The model as it is now against the reference."""
         return compared(self._context, reference, self.pool)
 
-    def probe(self, types: Mapping[str, QuantType], reference: ReferenceRun) -> Comparison:
-        """The model with the tensors of `types` fake-quantised, against the reference."""
-        kept: list[tuple[Tensor, npt.NDArray[np.uint8]]] = []
+    def probe(self, name: str, qtype: QuantType, reference: ReferenceRun) -> Comparison:
+        """The model with one more tensor fake-quantised, against the reference."""
+        stored = self._stored(name)
+        before = stored.copy()
         try:
-            for name, qtype in types.items():
-                tensor = self._tensors[name]
-                kept.append((tensor, self._bytes(tensor).copy()))
-                self._write(name, qtype)
+            self._write(name, qtype)
             return self.compare(reference)
         finally:
-            for tensor, before in kept:
-                self._bytes(tensor)[:] = before
-
-    def _write(self, name: str, qtype: QuantType) -> None:
-        stored = self._stored(self._tensors[name])
-        for rows, values in self.fake_quantize(name, qtype):
-            stored[rows] = values
+            stored[:] = before
 
     @contextmanager
-    def installed(self, types: Mapping[str, QuantType], folder: Path) -> Iterator[None]:
-        """With the tensors of `types` fake-quantised; probes start from there.
-
-        The originals are kept in a file in `folder` meanwhile.
-        """
-        tensors = [self._tensors[name] for name in types]
-        total = sum(tensor.size_bytes for tensor in tensors)
-        require_space(folder, total, "the original weights beside the planned ones")
-        store = np.memmap(folder / "originals", np.uint8, "w+", shape=(max(total, 1),))
-        first = 0
+    def installed(self, types: Mapping[str, QuantType]) -> Iterator[None]:
+        """With the tensors of `types` fake-quantised; probes start from there."""
         try:
-            for tensor in tensors:
-                place = store[first : first + tensor.size_bytes]
-                place[:] = self._bytes(tensor)
-                self._originals[tensor.name] = place
-                first += tensor.size_bytes
-                self._write(tensor.name, types[tensor.name])
+            for name, qtype in types.items():
+                self._write(name, qtype)
             yield
         finally:
-            for name, original in self._originals.items():
-                self._bytes(self._tensors[name])[:] = original
-            self._originals.clear()
+            for name in types:
+                self._write(name, None)
 
 
 def expert_slice(importance: Floats | None, expert: int, tensor: Tensor) -> Floats | None:

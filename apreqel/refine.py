@@ -52,15 +52,16 @@ def refine(
         )
     tokens = np.array(sensitivity.probe_tokens, np.int32)[:_CHUNKS]
     text = TokenSet.scored_from(tokens.shape[1] // 16, "probe", tokens, "")
+    kind = lookup(sensitivity.scratch) if sensitivity.scratch else None
     found: dict[tuple[str, str, str], Exchange] = {}
     last: dict[str, str] = {}
     with (
-        probing.scratch_copy(inventory, folder, n_threads) as scratch,
+        probing.scratch_copy(inventory, folder, n_threads, kind) as scratch,
         llama.LoadedModel(scratch, patchable=True) as model,
     ):
         n = probing.sequences_at_once(text.n_ctx, model.n_vocab, text.n_chunks)
         with model.context(text.n_ctx, n, n_threads) as context:
-            bench = probing.ProbeBench(scratch, context, n_threads)
+            bench = probing.ProbeBench(inventory, scratch, context, n_threads)
             bench.imatrix = planner.imatrix
             try:
                 reference = bench.reference(text, scratch.parent)
@@ -76,13 +77,13 @@ def refine(
                         for name in sensitivity.tensors
                         if types[name] != inventory.by_name[name].qtype.name
                     }
-                    with bench.installed(planned, scratch.parent):
+                    with bench.installed(planned):
                         before = bench.compare(reference)
                         for i, (name, chosen, other) in enumerate(wanted[:_EXCHANGES_PER_ROUND]):
                             on_progress(
                                 "probing exchanges around the plan", i, _EXCHANGES_PER_ROUND
                             )
-                            after = bench.probe({name: lookup(other)}, reference)
+                            after = bench.probe(name, lookup(other), reference)
                             if after.is_finite:
                                 found[name, chosen, other] = _exchange(
                                     name, chosen, other, before, after, text.n_chunks

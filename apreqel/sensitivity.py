@@ -30,6 +30,7 @@ from apreqel.damage import (
     Probe,
     expected_gain,
 )
+from apreqel.device import detect
 from apreqel.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from apreqel.knapsack import Limit, solve
 from apreqel.probing import TensorErrors, first_type
@@ -52,6 +53,11 @@ _PROBES_PER_ROUND = 16
 # No more probes once no pair is expected to gain this part of a ladder plan's damage.
 _SETTLED = 2e-5
 _SAVE_EVERY_SECONDS = 10.0
+# The scratch copy takes no more than this part of the memory that is free: llama.cpp's buffers and
+# the source's own pages want the rest.
+_SCRATCH_PART = 0.75
+# Pairs of which more than this part would be the scratch copy's own rounding are not probed.
+_MOST_ROUNDING = 0.5
 _KERNEL_CHUNKS = 8
 # One type for each way in which kernels round activations.
 _KERNEL_TYPES = ("Q8_0", "Q5_1", "Q6_K")
@@ -137,6 +143,7 @@ class Sensitivity:
     settled: bool = False  # whether further probes were not expected to change plans
     check_tokens: list[list[int]] = field(default_factory=list)  # of texts, for real files
     probe_tokens: list[list[int]] = field(default_factory=list)  # of texts, for exchanges
+    scratch: str = ""  # the type of the copy that probes are made on
     exchanges: Sequence[Exchange] = ()  # around the plan at hand, for `model`; not kept
     metric: str = "kld"  # what `model` calls damage
     knots: Sequence[Knot] = ()  # real files, for `model`; kept in another file
@@ -161,6 +168,21 @@ class Sensitivity:
             self.exchanges,
             self.metric,
         )
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether the exact copy did not fit into memory and probes were made on one in Q8_0."""
+        return self.scratch == "Q8_0"
+
+    def rounding(self, name: str, kind: str) -> float:
+        """What the scratch copy adds to the squared output error of a pair, as a part of it.
+
+        A Q8_0 copy rounds both what is probed and what that is compared with.
+        """
+        if not self.is_rounded:
+            return 0.0
+        errors = self.tensors[name].errors.weights
+        return 2 * errors.get(self.scratch, 0.0) / max(errors[kind], 1e-30)
 
     def renew_model(self) -> DamageModel:
         """`model` after more was measured."""
@@ -248,8 +270,11 @@ def measure(
             state.seconds, saved_at = before + now - started, now
             state.save(path)
 
+    room = _SCRATCH_PART * detect().available_bytes
+    state.scratch = state.scratch or probing.scratch_type(inventory, room).name
     on_progress("writing the scratch copy", 0, 1)
-    with probing.scratch_copy(inventory, folder, n_threads) as scratch:
+    kind = lookup(state.scratch)
+    with probing.scratch_copy(inventory, folder, n_threads, kind) as scratch:
         artifacts.source_is_unchanged(inventory.files, marks)
         try:
             with llama.LoadedModel(scratch, patchable=True) as model:
@@ -337,7 +362,7 @@ class _Run:
     ) -> Iterator[ProbeBench]:
         n = probing.sequences_at_once(tokens.n_ctx, self.model.n_vocab, tokens.n_chunks)
         with self.model.context(tokens.n_ctx, n, self.n_threads, listener) as context:
-            bench = probing.ProbeBench(self.scratch, context, self.n_threads)
+            bench = probing.ProbeBench(self.inventory, self.scratch, context, self.n_threads)
             bench.imatrix = imatrix
             try:
                 yield bench
@@ -430,7 +455,7 @@ class _Run:
             if self.is_late:
                 return
             self.on_progress("probing tensors", done + i, len(names))
-            self._probe(state, bench, {name: lookup(kind)}, reference, self.effort.first_chunks)
+            self._probe(state, bench, name, kind, reference, self.effort.first_chunks)
             self.keep()
         self.on_progress("probing tensors", len(names), len(names))
 
@@ -442,7 +467,12 @@ class _Run:
         return enough or f"{name} {kind}" in state.excluded
 
     def _kernels(self, state: Sensitivity, bench: ProbeBench, reference: ReferenceRun) -> None:
-        """Whole models in one type, with dequantised weights and as real files."""
+        """Whole models in one type, with dequantised weights and as real files.
+
+        Not where the scratch copy's own kernels round activations.
+        """
+        if state.is_rounded:
+            return
         part = reference.part(slice(0, _KERNEL_CHUNKS))
         for i, kind in enumerate(_KERNEL_TYPES[: self.effort.kernel_types]):
             names = [n for n, t in state.tensors.items() if kind in t.errors.weights]
@@ -451,7 +481,8 @@ class _Run:
             if kind in state.kernels or rare or self.is_late:
                 continue
             self.on_progress("measuring what kernels lose", i, self.effort.kernel_types)
-            dequantised = bench.probe({n: lookup(kind) for n in names}, part)
+            with bench.installed({n: lookup(kind) for n in names}):
+                dequantised = bench.compare(part)
             path = self.scratch.parent / f"{kind}.gguf"
             quantize_model(
                 self.inventory,
@@ -495,7 +526,7 @@ class _Run:
                 self.on_progress("probing what decides plans", done, extra)
                 known = state.tensors[name].probes.get(kind)
                 chunks = 2 * len(known.kld) if known else self.effort.first_chunks
-                self._probe(state, bench, {name: lookup(kind)}, reference, chunks)
+                self._probe(state, bench, name, kind, reference, chunks)
                 self.keep()
                 done += 1
         self.on_progress("probing what decides plans", extra, extra)
@@ -504,30 +535,31 @@ class _Run:
         self,
         state: Sensitivity,
         bench: ProbeBench,
-        types: Mapping[str, QuantType],
+        name: str,
+        kind: str,
         reference: ReferenceRun,
         n_chunks: int,
     ) -> None:
         """Probe a pair up to `n_chunks` chunks; not finite twice excludes it."""
-        ((name, kind),) = types.items()
         tensor = state.tensors[name]
-        before = tensor.probes.get(kind.name, Probe([], []))
+        before = tensor.probes.get(kind, Probe([], []))
+        share = 1 / (1 + state.rounding(name, kind))
         part = reference.part(slice(len(before.kld), n_chunks))
         if not part.tokens.n_chunks:
             return
         for _ in range(2):
-            result = bench.probe(types, part)
+            result = bench.probe(name, lookup(kind), part)
             if result.is_finite:
                 kld, change = (
-                    values.reshape(part.tokens.n_chunks, -1).mean(axis=1).tolist()
+                    (share * values.reshape(part.tokens.n_chunks, -1).mean(axis=1)).tolist()
                     for values in (result.kld_nats, result.nll_change_nats)
                 )
                 found = Probe([*before.kld, *kld], [*before.nll_change, *change])
                 state.tensors[name] = TensorSensitivity(
-                    tensor.errors, {**tensor.probes, kind.name: found}
+                    tensor.errors, {**tensor.probes, kind: found}
                 )
                 return
-        state.excluded[f"{name} {kind.name}"] = "the probe gave NaN or Inf twice"
+        state.excluded[f"{name} {kind}"] = "the probe gave NaN or Inf twice"
 
 
 def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list[tuple[str, str]]:
@@ -570,6 +602,8 @@ def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list
 
     def is_open(pair: tuple[str, str]) -> bool:
         known = state.tensors[pair[0]].probes.get(pair[1])
+        if state.rounding(*pair) > _MOST_ROUNDING:
+            return False
         return known is None or len(known.kld) < n_chunks
 
     best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]

@@ -190,14 +190,17 @@ def test_exchanges_start_from_the_plan(measured: Measured) -> None:
         llama.LoadedModel(scratch, patchable=True) as model,
         model.context(64, 4, 2) as context,
     ):
-        bench = probing.ProbeBench(scratch, context, 2)
+        bench = probing.ProbeBench(inventory, scratch, context, 2)
         reference = bench.reference(text, scratch.parent)
         name = "blk.1.ffn_down.weight"
-        whole = bench.probe({**kinds, name: lookup("Q8_0")}, reference).kld_nats
-        with bench.installed(kinds, scratch.parent):
-            exchanged = bench.probe({name: lookup("Q8_0")}, reference).kld_nats
+        with bench.installed({**kinds, name: lookup("Q8_0")}):
+            whole = bench.compare(reference).kld_nats
+        with bench.installed(kinds):
+            exchanged = bench.probe(name, lookup("Q8_0"), reference).kld_nats
             planned = bench.compare(reference).kld_nats
-        assert np.array_equal(bench.probe(kinds, reference).kld_nats, planned)
+        others = {n: kind for n, kind in kinds.items() if n != name}
+        with bench.installed(others):
+            assert np.array_equal(bench.probe(name, kinds[name], reference).kld_nats, planned)
         assert np.abs(bench.compare(reference).kld_nats).max() == 0
         bench.close()
     assert np.array_equal(exchanged, whole) and exchanged.mean() < planned.mean()

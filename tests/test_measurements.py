@@ -35,6 +35,7 @@ from apreqel.errors import (
     CalibrationError,
     InfeasiblePlanError,
     Interrupted,
+    ModelFileError,
     UnsupportedModelError,
     UsageError,
     VerificationError,
@@ -107,10 +108,11 @@ def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: P
             llama.LoadedModel(scratch, patchable=True) as model,
             model.context(64, 2, 2) as context,
         ):
-            bench = probing.ProbeBench(scratch, context, 2)
+            bench = probing.ProbeBench(inventory, scratch, context, 2)
             reference = bench.reference(tokens, tmp_path, informative_part=1.0)
             np.testing.assert_allclose(reference.rows.logits, np.concatenate(plain), atol=2e-2)
-            swapped = bench.probe({n: lookup("Q4_0") for n in names}, reference)
+            with bench.installed({n: lookup("Q4_0") for n in names}):
+                swapped = bench.compare(reference)
             again = bench.compare(reference)
             bench.close()
         assert np.abs(again.kld_nats).max() == 0  # everything was put back
@@ -133,11 +135,66 @@ def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: P
             llama.LoadedModel(dequantised, patchable=True) as model,
             model.context(64, 2, 2) as context,
         ):
-            bench = probing.ProbeBench(scratch, context, 2)
+            bench = probing.ProbeBench(inventory, scratch, context, 2)
             reloaded = bench.compare(reference)
             bench.close()
     assert swapped.kld_nats.mean() > 1e-5
     np.testing.assert_allclose(swapped.kld_nats, reloaded.kld_nats, rtol=1e-3, atol=1e-7)
+
+
+def test_probes_on_a_rounded_copy(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the exact copy does not fit into memory a Q8_0 one tells nearly the same."""
+    inventory = read_inventory(llama_model)
+    monkeypatch.setattr(sensitivity, "_SCRATCH_PART", 0.0)
+    rounded = sensitivity.measure(inventory, SHA, tmp_path / "r", texts=texts(), **MEASURE)
+    monkeypatch.undo()
+    exact = sensitivity.measure(inventory, SHA, tmp_path / "e", texts=texts(), **MEASURE)
+    assert (rounded.scratch, exact.scratch) == ("Q8_0", probing.scratch_type(inventory).name)
+    assert not rounded.kernels
+    ratios = []
+    for name, tensor in rounded.tensors.items():
+        assert "Q8_0" not in tensor.probes  # it would be compared with itself
+        for kind, probe in tensor.probes.items():
+            other = exact.tensors[name].probes.get(kind)
+            if other and len(other.kld) == len(probe.kld):
+                ratios.append(np.mean(probe.kld) / np.mean(other.kld))
+    assert len(ratios) >= len(inventory.quantizable)
+    assert 0.8 < np.median(ratios) < 1.25
+    # Taken up again with room for the exact copy it stays what it is.
+    more = MEASURE | {"effort": replace(LITTLE, name="normal", further_per_tensor=1.0)}
+    again = sensitivity.measure(inventory, SHA, tmp_path / "r", texts=texts(), **more)
+    assert again.scratch == "Q8_0" and again.n_probes > rounded.n_probes
+
+
+def test_installed_weights_are_put_back_rounded(llama_model: Path, tmp_path: Path) -> None:
+    inventory, kind = read_inventory(llama_model), lookup("Q8_0")
+    with (
+        probing.scratch_copy(inventory, tmp_path, 2, kind) as scratch,
+        llama.LoadedModel(scratch, patchable=True) as model,
+        model.context(64, 2, 2) as context,
+    ):
+        before = scratch.read_bytes()
+        bench = probing.ProbeBench(inventory, scratch, context, 2)
+        with bench.installed({t.name: lookup("Q4_0") for t in inventory.quantizable}):
+            assert scratch.read_bytes() != before
+        bench.close()
+        assert scratch.read_bytes() == before
+
+
+def test_a_model_cut_while_it_is_probed(llama_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cut.gguf"
+    path.write_bytes(llama_model.read_bytes())
+    inventory = read_inventory(path)
+    last = inventory.quantizable[-1]
+    whole = probing.read_weights(inventory, last.name)
+    some = probing.read_weights(inventory, last.name, np.array([3, 1]))
+    assert np.array_equal(some, whole[[3, 1]])
+    with open(path, "r+b") as file:
+        file.truncate(last.offset + last.size_bytes // 2)
+    with pytest.raises(ModelFileError, match=f"ends inside tensor {last.name}; it was changed"):
+        probing.read_weights(inventory, last.name)
 
 
 def test_resumes_after_ctrl_c(llama_model: Path, tmp_path: Path) -> None:

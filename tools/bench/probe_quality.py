@@ -59,20 +59,20 @@ def main() -> None:
                 tokens = TokenSet.scored_from(4, args.text.name, chunks, "")
             n = probing.sequences_at_once(tokens.n_ctx, model.n_vocab, tokens.n_chunks)
             with model.context(tokens.n_ctx, n, space.n_threads) as context:
-                bench = probing.ProbeBench(scratch, context, space.n_threads)
+                bench = probing.ProbeBench(space.inventory, scratch, context, space.n_threads)
                 bench.imatrix = imatrix
                 reference = bench.reference(tokens, scratch.parent)
                 measured, seconds = [], []
                 for i, (name, kind) in enumerate(chosen):
                     space.on_progress("probing", i, len(chosen))
                     started = time.perf_counter()
-                    result = bench.probe({name: lookup(kind)}, reference)
+                    result = bench.probe(name, lookup(kind), reference)
                     seconds.append(time.perf_counter() - started)
                     measured.append(float(result.kld_nats.mean()))
                 rates = []
                 for _ in range(5):
                     started = time.perf_counter()
-                    bench.probe({chosen[0][0]: lookup("Q8_0")}, reference)
+                    bench.probe(chosen[0][0], lookup("Q8_0"), reference)
                     probing_rate = tokens.tokens.size / (time.perf_counter() - started)
                     run, _ = timing.time_file(space.model, space.n_threads, 512)
                     rates.append((probing_rate, 1 / run.prefill))
