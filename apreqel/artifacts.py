@@ -31,6 +31,7 @@ SCHEMA_VERSIONS = {
     "model-hash": 1,
     "kv-cache": 1,
     "trials": 1,
+    "exchanges": 1,
     "experts": 1,
 }
 

@@ -113,7 +113,10 @@ Unchecked = Annotated[
     bool, typer.Option("--unchecked", help="Do not measure the plan and its rivals as real files.")
 ]
 Refine = Annotated[
-    bool, typer.Option("--refine", help="Probe exchanges around the plan, and plan again.")
+    bool | None,
+    typer.Option(
+        help="Probe exchanges around the plan, and plan again.  [default: below 4 bits per weight]"
+    ),
 ]
 ImatrixFile = Annotated[Path | None, typer.Option("--imatrix", help="Use this imatrix GGUF.")]
 Scored = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to score.")]
@@ -258,7 +261,7 @@ def plan(
     minutes: Minutes = None,
     metric: Metric = "kld",
     unchecked: Unchecked = False,
-    refine: Refine = False,
+    refine: Refine = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[plan.json]")] = None,
     workdir: Workdir = None,
     threads: Threads = None,
@@ -270,7 +273,7 @@ def plan(
     from apreqel import console, pipeline
 
     wishes, wanted = dict(locals()), _effort(effort, minutes)
-    _check_together(metric, refine, unchecked, bool(front or ladder), max_kld)
+    _check_together(wishes)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = _request(space, wishes)
         known = pipeline.measured(space)
@@ -510,20 +513,25 @@ def _effort(name: str, minutes: float | None) -> Effort:
     return effort_from(name, minutes)
 
 
-def _check_together(
-    metric: str, refine: bool, unchecked: bool, many: bool, max_kld: float | None
-) -> None:
+def _check_together(wishes: Mapping[str, Any]) -> None:
     """Raise UsageError for options of `plan` that contradict each other, before any work."""
     from apreqel.damage import METRICS
 
+    metric = wishes["metric"]
     if metric not in METRICS:
         raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
-    if metric != "kld" and max_kld is not None:
+    if metric != "kld" and wishes["max_kld"] is not None:
         raise UsageError("--max-kld limits KL divergence; with --metric perplexity leave it out")
-    if refine and (unchecked or many or metric != "kld"):
+    many = wishes["front"] or wishes["ladder"]
+    if wishes["refine"] and (wishes["unchecked"] or many or metric != "kld"):
         raise UsageError(
             "--refine compares real files of one plan by KL divergence: not with --unchecked, "
             "--front, --ladder or --metric perplexity"
+        )
+    if wishes["refine"] and (wishes["weights"] or wishes["prefer"] == "balanced"):
+        raise UsageError(
+            "--refine compares plans by size, speed or closeness: not with --prefer balanced or "
+            "--weights"
         )
 
 

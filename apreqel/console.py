@@ -330,7 +330,6 @@ def sensitivity_json(state: Sensitivity) -> dict[str, Any]:
         "coverage": _plain(state.coverage),
         "excluded": state.excluded,
         "kernels": _plain(state.kernels),
-        "scratch": state.scratch,
         "report": _plain(report(state)),
         "tensors": {
             name: {
@@ -356,11 +355,6 @@ def show_sensitivity(state: Sensitivity, count: int = 12) -> None:
         f"{state.n_probes} probes of {len(state.tensors)} tensors in {duration(state.seconds)} "
         f"({state.effort}); the original against itself: {state.self_kld_nats:.1e} nats"
     )
-    if state.is_rounded:
-        _print(
-            "probed on a copy in Q8_0, as the exact one did not fit into the free memory: good for "
-            "types below 6 bits, rougher above"
-        )
     if coverage:
         _print(
             f"imatrix: {coverage.n_tensors} tensors, {coverage.n_zero_columns} zero columns "

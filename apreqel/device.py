@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -65,11 +66,21 @@ def detect() -> Device:
         physical_cores=psutil.cpu_count(logical=False) or 0,
         cache_bytes=_last_level_cache(),
         memory_bytes=int(memory.total),
-        available_bytes=int(memory.available),
+        available_bytes=available_bytes(int(memory.available)),
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
         max_mhz=_max_mhz(),
         cluster_cores=[len(cores) for cores in clusters()],
     )
+
+
+def available_bytes(free: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Of `free` memory what this process may have: a container's limit may be lower."""
+    limit, used = (_read(str(cgroup / f"memory.{name}")) or "" for name in ("max", "current"))
+    if not (limit.isdigit() and used.isdigit()):
+        return free
+    # Pages of files that are given back when memory is wanted count as used.
+    cached = re.search(r"^inactive_file (\d+)", _read(str(cgroup / "memory.stat")) or "", re.M)
+    return max(0, min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
 
 
 def usable_cores() -> int:

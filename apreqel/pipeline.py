@@ -347,12 +347,13 @@ def plan(
     device_profile: DeviceProfile | None,
     output: Path | None = None,
     check: bool = True,
-    refine: bool = False,
+    refine: bool | None = None,
 ) -> tuple[Plan, Path]:
     """Make the plan; write it and its --tensor-type-file. Returns it with its path.
 
     With `check` it is measured as a real file beside its rivals, and the best is kept. With
-    `refine` exchanges around it are probed too, and a plan made from them is tried.
+    `refine` exchanges around it are probed too, and a plan made from them is tried; None: where
+    it has so few bits that tensors' damages interact.
     """
     with trials_of(space, state, imatrix) if check else nullcontext() as trials:
         return _plan(space, request, state, imatrix, device_profile, output, trials, refine)
@@ -366,7 +367,7 @@ def _plan(
     device_profile: DeviceProfile | None,
     output: Path | None,
     trials: Trials | None,
-    refine: bool = False,
+    refine: bool | None = False,
 ) -> tuple[Plan, Path]:
     kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
     experts = expert_use(space, request)
@@ -384,20 +385,29 @@ def _plan(
         made = planner.plan()
     else:
         made = candidates.confirmed_plan(planner, trials)
-        if refine:
+        if refine or (refine is None and refining.is_worthwhile(planner, made)):
             _write_plan(made, path, space.inventory)
-            made = _refined(space, planner, made, trials)
+            made = _refined(space, planner, made, trials, asked=bool(refine))
     _write_plan(made, path, space.inventory)
     return made, path
 
 
-def _refined(space: Workspace, planner: Planner, made: Plan, trials: Trials) -> Plan:
+def _refined(
+    space: Workspace, planner: Planner, made: Plan, trials: Trials, *, asked: bool
+) -> Plan:
     """`made`, or a plan from what exchanges around it showed, if that is better."""
     try:
         refining.refine(planner, made.ease, space.folder, space.n_threads, space.on_progress)
         return candidates.better(made, candidates.confirmed_plan(planner, trials))
     except InfeasiblePlanError as error:
         return replace(made, notes=[*made.notes, f"refining led to no plan ({error})"])
+    except ApreqelError as error:
+        if asked:
+            raise
+        note = f"exchanges around the plan could not be probed ({error})"
+        return replace(made, notes=[*made.notes, note])
+    finally:
+        planner.sensitivity.learn_exchanges(())
 
 
 def _write_plan(made: Plan, path: Path, inventory: Inventory) -> None:

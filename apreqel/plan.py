@@ -100,6 +100,11 @@ class PlanRequest:
         return latency or any(wish is not None for wish in wishes)
 
     @property
+    def has_one_measure(self) -> bool:
+        """Whether plans within the limits are ranked by size, speed or closeness alone."""
+        return self.prefer != "balanced" and not self.weights
+
+    @property
     def depth(self) -> int:
         """Tokens of context that decode is reckoned at: half of the answer is written."""
         n_prompt, n_generated = self.workload

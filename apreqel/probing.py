@@ -1,17 +1,16 @@
 """The running model that probes are made on: one load, weights swapped underneath it.
 
 A scratch copy of the model in a float type is mapped by llama.cpp. A probe writes fake-quantised
-values of one tensor (or several) into that file through a second map, evaluates the probe tokens,
+values of one tensor into that file through a second map, evaluates the probe tokens,
 compares the logits with the reference's, and writes the old values back.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +21,12 @@ import numpy.typing as npt
 from apreqel import llama
 from apreqel.artifacts import require_space
 from apreqel.calibration import TokenSet
+from apreqel.device import detect
 from apreqel.errors import EngineError, ModelFileError
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.metrics import Comparison, Reference, compare
-from apreqel.qtypes import QuantType, lookup, registry
+from apreqel.qtypes import QuantType, registry
 from apreqel.quantize import quantize_model
 
 Floats = npt.NDArray[np.float32]
@@ -85,35 +85,36 @@ def sequences_at_once(n_ctx: int, n_vocab: int, n_chunks: int) -> int:
     return max(1, min(n_chunks, 1024 // n_ctx, by_logits))
 
 
-def scratch_type(inventory: Inventory, room_bytes: float = math.inf) -> QuantType:
+def scratch_types(inventory: Inventory) -> dict[str, str]:
     """F16 for an F16 source, which is exact; else F32, which holds BF16 and any quant type.
 
-    Q8_0 where that takes more than `room_bytes`: paged in from disk, every probe would take as long
-    as reading the model does.
+    Exact even where memory does not hold it and every probe reads it from disk: in a Q8_0 copy
+    activations are rounded too, other ones in each probe, which added 0.002 to 0.006 nats to every
+    probe of SmolLM2-135M, several times what most tensors do.
     """
-    sources = {t.qtype.name for t in inventory.quantizable}
-    exact = lookup("F16") if sources <= {"F16"} else lookup("F32")
-    fits = inventory.output_size(_scratch_types(inventory, exact)) <= room_bytes
-    return exact if fits else lookup("Q8_0")
+    kind = "F16" if {t.qtype.name for t in inventory.quantizable} <= {"F16"} else "F32"
+    return inventory.types | {t.name: kind for t in inventory.quantizable}
 
 
-def _scratch_types(inventory: Inventory, kind: QuantType) -> dict[str, str]:
-    """Types of the scratch copy; rows that do not hold Q8_0's blocks stay exact."""
-    exact = scratch_type(inventory).name if kind.is_quantized else kind.name
-    return inventory.types | {
-        t.name: kind.name if kind.name in t.legal_types else exact for t in inventory.quantizable
-    }
+def paging_note(inventory: Inventory) -> str:
+    """What to know where memory does not hold the scratch copy, else nothing."""
+    size, free = inventory.output_size(scratch_types(inventory)), detect().available_bytes
+    if size <= free:
+        return ""
+    return (
+        f": its {size / 1e9:.1f} GB are more than the {free / 1e9:.1f} GB of memory that are free, "
+        "so that every probe reads it from disk. Probing is the same on a larger machine: copy the "
+        "work folder from there"
+    )
 
 
 @contextmanager
-def scratch_copy(
-    inventory: Inventory, folder: Path, n_threads: int, kind: QuantType | None = None
-) -> Iterator[Path]:
-    """The model as one file of `kind` (or what `scratch_type` says) in `folder`, gone afterwards.
+def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator[Path]:
+    """The model as one float file in `folder`, gone afterwards.
 
     Written by the C program, which checks every weight. Raises OutputError, ModelFileError (NaN).
     """
-    types = _scratch_types(inventory, kind or scratch_type(inventory))
+    types = scratch_types(inventory)
     require_space(folder, inventory.output_size(types), "the scratch copy of the model")
     place = Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
     try:
@@ -129,7 +130,7 @@ def read_weights(
 ) -> Floats:
     """Weights [rows, row length] from a model's file, its experts one after another.
 
-    Raises ModelFileError where the file is shorter than it was.
+    Raises ModelFileError where the file is gone or shorter than it was.
     """
     tensor = inventory.by_name[name]
     path, row_bytes = inventory.files[tensor.shard], tensor.size_bytes // tensor.n_rows
@@ -138,12 +139,15 @@ def read_weights(
         parts = [(first, end - first)]
     else:
         parts = [(int(row), 1) for row in rows]
-    packed = np.concatenate(
-        [
-            np.fromfile(path, np.uint8, n * row_bytes, offset=tensor.offset + first * row_bytes)
-            for first, n in parts
-        ]
-    )
+    try:
+        packed = np.concatenate(
+            [
+                np.fromfile(path, np.uint8, n * row_bytes, offset=tensor.offset + first * row_bytes)
+                for first, n in parts
+            ]
+        )
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from error
     if packed.size != row_bytes * sum(n for _, n in parts):
         raise ModelFileError(f"{path}: ends inside tensor {name}; it was changed meanwhile")
     values = np.empty((packed.size // row_bytes, tensor.row_length), np.float32)
@@ -180,11 +184,12 @@ class ProbeBench:
         """See `read_weights`."""
         return read_weights(self._original, name, rows)
 
-    def _stored(self, name: str) -> npt.NDArray[np.uint8]:
-        """The rows of a tensor in the scratch copy, as bytes [rows, bytes of a row]."""
+    def _stored(self, name: str) -> npt.NDArray[np.floating]:
+        """The rows of a tensor in the scratch copy [rows, row length]."""
         tensor = self._tensors[name]
         raw = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
-        rows: npt.NDArray[np.uint8] = raw.reshape(tensor.n_rows, -1)
+        dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
+        rows: npt.NDArray[np.floating] = raw.view(dtype).reshape(-1, tensor.row_length)
         return rows
 
     def _write(self, name: str, qtype: QuantType | None) -> None:
@@ -199,19 +204,17 @@ class ProbeBench:
             if qtype is not None:
                 columns = expert_slice(importance, rows.start // rows_per_matrix, tensor)
                 values = llama.fake_quantize(values, qtype, columns)
-            if tensor.qtype.is_quantized:
-                packed = llama.quantize_rows(values, tensor.qtype, None)
-            else:
-                dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
-                packed = values.astype(dtype).view(np.uint8)
-            stored[rows] = packed.reshape(len(values), -1)
+            stored[rows] = values
 
         blocks = [
             slice(first, min(first + step, start + rows_per_matrix))
             for start in range(0, tensor.n_rows, rows_per_matrix)
             for first in range(start, start + rows_per_matrix, step)
         ]
-        list(self.pool.map(write, blocks))
+        # Not one block may be written after this, whatever happens to another.
+        done, _ = wait([self.pool.submit(write, block) for block in blocks])
+        for future in done:
+            future.result()
 
     # -- evaluation --
 
@@ -263,14 +266,36 @@ class ProbeBench:
 
     @contextmanager
     def installed(self, types: Mapping[str, QuantType]) -> Iterator[None]:
-        """With the tensors of `types` fake-quantised; probes start from there."""
+        """With the tensors of `types` fake-quantised; probes start from there.
+
+        After an error in between, the bench is of no more use.
+        """
+        for name, qtype in types.items():
+            self._write(name, qtype)
+        yield
+        for name in types:
+            self._write(name, None)
+
+
+@contextmanager
+def opened_bench(
+    inventory: Inventory,
+    scratch: Path,
+    model: llama.LoadedModel,
+    tokens: TokenSet,
+    imatrix: Imatrix,
+    n_threads: int,
+    listener: llama.Listener | None = None,
+) -> Iterator[ProbeBench]:
+    """A bench on the loaded scratch copy, for chunks as long as those of `tokens`."""
+    n = sequences_at_once(tokens.n_ctx, model.n_vocab, tokens.n_chunks)
+    with model.context(tokens.n_ctx, n, n_threads, listener) as context:
+        bench = ProbeBench(inventory, scratch, context, n_threads)
+        bench.imatrix = imatrix
         try:
-            for name, qtype in types.items():
-                self._write(name, qtype)
-            yield
+            yield bench
         finally:
-            for name in types:
-                self._write(name, None)
+            bench.close()
 
 
 def expert_slice(importance: Floats | None, expert: int, tensor: Tensor) -> Floats | None:

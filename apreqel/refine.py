@@ -7,29 +7,60 @@ plan is made again with what they showed, until it no longer changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from apreqel import llama, probing
+from apreqel import artifacts, llama, probing
 from apreqel.calibration import TokenSet
 from apreqel.damage import Exchange, expected_gain
 from apreqel.errors import ArtifactError
-from apreqel.metrics import Comparison, estimate
+from apreqel.metrics import estimate
 from apreqel.qtypes import lookup
 from apreqel.sensitivity import SENSITIVITY_FILE
+from apreqel.trial import map_key, provenance_of, same_source
 
 if TYPE_CHECKING:
-    from apreqel.plan import Planner, Solved
+    from apreqel.plan import Plan, Planner, Solved
+    from apreqel.probing import ReferenceRun
+    from apreqel.sensitivity import Sensitivity
 
 Progress = Callable[[str, int, int], None]
 
+EXCHANGES_FILE = "exchanges.json"
+
+# Damages of single tensors add up above this many bits per weight; below, they interact.
+_INTERACTING_BITS = 4.0
 _EXCHANGES_PER_ROUND = 24
 _ROUNDS = 3
 # Of the probe text; exchanges are compared on the same positions, so that less will do.
 _CHUNKS = 16
+
+
+def is_worthwhile(planner: Planner, plan: Plan) -> bool:
+    """Whether `plan` is to be refined unasked: so few bits that damages no longer add up.
+
+    Not where little time was to be taken, and where real files could not decide.
+    """
+    request, state = planner.request, planner.sensitivity
+    sizes = [
+        (lookup(plan.types[t.name]).size_bytes(t.shape), t.n_elements)
+        for t in planner.inventory.quantizable
+    ]
+    n_bytes, n_weights = map(sum, zip(*sizes, strict=True))
+    return (
+        8 * n_bytes / n_weights < _INTERACTING_BITS
+        and request.has_one_measure
+        and state.metric == "kld"
+        and state.effort != "quick"
+        and not state.cut_short
+        and bool(state.probe_tokens)
+        and not probing.paging_note(planner.inventory)
+    )
 
 
 def refine(
@@ -41,65 +72,117 @@ def refine(
 ) -> int:
     """Probe exchanges around what `planner` solves, and again around what it solves then.
 
-    Leaves them in the sensitivity; returns how many were probed. Raises EngineError,
-    InfeasiblePlanError where limits can no longer be met.
+    Leaves them in the sensitivity, and in `folder` for another time; returns how many there are.
+    Raises InfeasiblePlanError where limits can no longer be met, ArtifactError, EngineError,
+    ModelFileError, OutputError.
     """
-    inventory, sensitivity = planner.inventory, planner.sensitivity
+    sensitivity = planner.sensitivity
     if not sensitivity.probe_tokens:
         raise ArtifactError(
             f"{folder / SENSITIVITY_FILE}: written before exchanges were probed; run apreqel probe "
             "in another --workdir"
         )
-    tokens = np.array(sensitivity.probe_tokens, np.int32)[:_CHUNKS]
-    text = TokenSet.scored_from(tokens.shape[1] // 16, "probe", tokens, "")
-    kind = lookup(sensitivity.scratch) if sensitivity.scratch else None
+    files = planner.inventory.files
+    marks, known = artifacts.file_marks(files), read_exchanges(folder, sensitivity)
     found: dict[tuple[str, str, str], Exchange] = {}
-    last: dict[str, str] = {}
-    with (
-        probing.scratch_copy(inventory, folder, n_threads, kind) as scratch,
-        llama.LoadedModel(scratch, patchable=True) as model,
-    ):
-        n = probing.sequences_at_once(text.n_ctx, model.n_vocab, text.n_chunks)
-        with model.context(text.n_ctx, n, n_threads) as context:
-            bench = probing.ProbeBench(inventory, scratch, context, n_threads)
-            bench.imatrix = planner.imatrix
-            try:
-                reference = bench.reference(text, scratch.parent)
-                for _ in range(_ROUNDS):
-                    solved = planner.solve(ease)
-                    types = solved.options.types_of(solved.solution)
-                    wanted = [e for e in open_exchanges(solved) if e not in found]
-                    if types == last or not wanted:
-                        break
-                    last = types
-                    planned = {
-                        name: lookup(types[name])
-                        for name in sensitivity.tensors
-                        if types[name] != inventory.by_name[name].qtype.name
-                    }
-                    with bench.installed(planned):
-                        before = bench.compare(reference)
-                        for i, (name, chosen, other) in enumerate(wanted[:_EXCHANGES_PER_ROUND]):
-                            on_progress(
-                                "probing exchanges around the plan", i, _EXCHANGES_PER_ROUND
-                            )
-                            after = bench.probe(name, lookup(other), reference)
-                            if after.is_finite:
-                                found[name, chosen, other] = _exchange(
-                                    name, chosen, other, before, after, text.n_chunks
-                                )
-                    sensitivity.exchanges = list(found.values())
-                    sensitivity.renew_model()
-            finally:
-                bench.close()
+    last: Mapping[str, str] = {}
+    sensitivity.learn_exchanges(())
+    with ExitStack() as stack:
+        bench: _PlannedBench | None = None
+        for _ in range(_ROUNDS):
+            solved = planner.solve(ease)
+            types = solved.options.types_of(solved.solution)
+            wanted = [e for e in open_exchanges(solved) if e not in found][:_EXCHANGES_PER_ROUND]
+            if types == last or not wanted:
+                break
+            last, around = types, known.setdefault(map_key(types), {})
+            missing = [e for e in wanted if e not in around]
+            if missing:
+                bench = bench or stack.enter_context(_planned_bench(planner, folder, n_threads))
+                for exchange in bench.probes(types, missing, on_progress):
+                    around[_pair(exchange)] = exchange
+                    artifacts.source_is_unchanged(files, marks)
+                    _save(folder, sensitivity, known)
+            found |= {e: around[e] for e in wanted if e in around}
+            sensitivity.learn_exchanges(list(found.values()))
     return len(found)
 
 
-def _exchange(
-    name: str, chosen: str, other: str, before: Comparison, after: Comparison, n_chunks: int
-) -> Exchange:
-    difference = estimate(after.kld_nats - before.kld_nats, n_chunks)
-    return Exchange(name, chosen, other, difference.mean, difference.standard_error)
+@dataclass(frozen=True)
+class _PlannedBench:
+    """The original under llama.cpp, into which plans are written to probe from there."""
+
+    planner: Planner
+    bench: probing.ProbeBench
+    reference: ReferenceRun
+
+    def probes(
+        self,
+        types: Mapping[str, str],
+        exchanges: Sequence[tuple[str, str, str]],
+        on_progress: Progress,
+    ) -> Iterator[Exchange]:
+        """Each as soon as it was probed; those that give NaN are left out."""
+        own = self.planner.inventory.types
+        planned = {
+            name: lookup(types[name])
+            for name in self.planner.sensitivity.tensors
+            if types[name] != own[name]
+        }
+        with self.bench.installed(planned):
+            before = self.bench.compare(self.reference)
+            for i, (name, chosen, other) in enumerate(exchanges):
+                on_progress("probing exchanges around the plan", i, len(exchanges))
+                after = self.bench.probe(name, lookup(other), self.reference)
+                if after.is_finite:
+                    n_chunks = self.reference.tokens.n_chunks
+                    change = estimate(after.kld_nats - before.kld_nats, n_chunks)
+                    yield Exchange(name, chosen, other, change.mean, change.standard_error)
+
+
+@contextmanager
+def _planned_bench(planner: Planner, folder: Path, n_threads: int) -> Iterator[_PlannedBench]:
+    inventory = planner.inventory
+    tokens = np.array(planner.sensitivity.probe_tokens, np.int32)[:_CHUNKS]
+    text = TokenSet.scored_from(tokens.shape[1] // 16, "probe", tokens, "")
+    with (
+        probing.scratch_copy(inventory, folder, n_threads) as scratch,
+        llama.LoadedModel(scratch, patchable=True) as model,
+        probing.opened_bench(inventory, scratch, model, text, planner.imatrix, n_threads) as bench,
+    ):
+        yield _PlannedBench(planner, bench, bench.reference(text, scratch.parent))
+
+
+def read_exchanges(
+    folder: Path, state: Sensitivity
+) -> dict[str, dict[tuple[str, str, str], Exchange]]:
+    """What was probed before, by the digest of the map around which. Raises ArtifactError."""
+    path = folder / EXCHANGES_FILE
+    if not path.exists():
+        return {}
+    provenance, data = artifacts.load(path, "exchanges", state.provenance.model_sha256)
+    if not same_source(provenance, state):
+        return {}
+    try:
+        return {
+            key: {_pair(e): e for e in (Exchange(**row) for row in rows)}
+            for key, rows in data["around"].items()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
+
+
+def _save(
+    folder: Path,
+    state: Sensitivity,
+    known: Mapping[str, Mapping[tuple[str, str, str], Exchange]],
+) -> None:
+    rows = {key: [asdict(e) for e in around.values()] for key, around in known.items()}
+    artifacts.save(folder / EXCHANGES_FILE, "exchanges", provenance_of(state), {"around": rows})
+
+
+def _pair(exchange: Exchange) -> tuple[str, str, str]:
+    return exchange.tensor, exchange.chosen, exchange.other
 
 
 def open_exchanges(solved: Solved) -> Sequence[tuple[str, str, str]]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +29,6 @@ from apreqel.damage import (
     Probe,
     expected_gain,
 )
-from apreqel.device import detect
 from apreqel.errors import ArtifactError, CalibrationError, Interrupted, UsageError
 from apreqel.knapsack import Limit, solve
 from apreqel.probing import TensorErrors, first_type
@@ -38,7 +36,7 @@ from apreqel.qtypes import QuantType, lookup
 from apreqel.quantize import quantize_model
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from contextlib import AbstractContextManager
 
     from apreqel.calibration import Split, Text, TokenSet
     from apreqel.imatrix import Coverage, Imatrix
@@ -53,11 +51,6 @@ _PROBES_PER_ROUND = 16
 # No more probes once no pair is expected to gain this part of a ladder plan's damage.
 _SETTLED = 2e-5
 _SAVE_EVERY_SECONDS = 10.0
-# The scratch copy takes no more than this part of the memory that is free: llama.cpp's buffers and
-# the source's own pages want the rest.
-_SCRATCH_PART = 0.75
-# Pairs of which more than this part would be the scratch copy's own rounding are not probed.
-_MOST_ROUNDING = 0.5
 _KERNEL_CHUNKS = 8
 # One type for each way in which kernels round activations.
 _KERNEL_TYPES = ("Q8_0", "Q5_1", "Q6_K")
@@ -143,7 +136,6 @@ class Sensitivity:
     settled: bool = False  # whether further probes were not expected to change plans
     check_tokens: list[list[int]] = field(default_factory=list)  # of texts, for real files
     probe_tokens: list[list[int]] = field(default_factory=list)  # of texts, for exchanges
-    scratch: str = ""  # the type of the copy that probes are made on
     exchanges: Sequence[Exchange] = ()  # around the plan at hand, for `model`; not kept
     metric: str = "kld"  # what `model` calls damage
     knots: Sequence[Knot] = ()  # real files, for `model`; kept in another file
@@ -169,21 +161,6 @@ class Sensitivity:
             self.metric,
         )
 
-    @property
-    def is_rounded(self) -> bool:
-        """Whether the exact copy did not fit into memory and probes were made on one in Q8_0."""
-        return self.scratch == "Q8_0"
-
-    def rounding(self, name: str, kind: str) -> float:
-        """What the scratch copy adds to the squared output error of a pair, as a part of it.
-
-        A Q8_0 copy rounds both what is probed and what that is compared with.
-        """
-        if not self.is_rounded:
-            return 0.0
-        errors = self.tensors[name].errors.weights
-        return 2 * errors.get(self.scratch, 0.0) / max(errors[kind], 1e-30)
-
     def renew_model(self) -> DamageModel:
         """`model` after more was measured."""
         self.__dict__.pop("model", None)
@@ -192,6 +169,11 @@ class Sensitivity:
     def learn_totals(self, knots: Sequence[Knot]) -> None:
         """Let real files tell how damages add up."""
         self.knots = knots
+        self.renew_model()
+
+    def learn_exchanges(self, exchanges: Sequence[Exchange]) -> None:
+        """Let exchanges around a plan tell what its tensors' other types do in it."""
+        self.exchanges = exchanges
         self.renew_model()
 
     def save(self, path: Path) -> None:
@@ -267,14 +249,12 @@ def measure(
         nonlocal saved_at
         now = time.monotonic()
         if force or now - saved_at > _SAVE_EVERY_SECONDS:
+            artifacts.source_is_unchanged(inventory.files, marks)
             state.seconds, saved_at = before + now - started, now
             state.save(path)
 
-    room = _SCRATCH_PART * detect().available_bytes
-    state.scratch = state.scratch or probing.scratch_type(inventory, room).name
-    on_progress("writing the scratch copy", 0, 1)
-    kind = lookup(state.scratch)
-    with probing.scratch_copy(inventory, folder, n_threads, kind) as scratch:
+    on_progress(f"writing the scratch copy{probing.paging_note(inventory)}", 0, 1)
+    with probing.scratch_copy(inventory, folder, n_threads) as scratch:
         artifacts.source_is_unchanged(inventory.files, marks)
         try:
             with llama.LoadedModel(scratch, patchable=True) as model:
@@ -356,18 +336,12 @@ class _Run:
             self.keep(force=True)
             self._further_probes(state, bench, reference)
 
-    @contextmanager
     def _bench(
         self, tokens: TokenSet, imatrix: Imatrix, listener: llama.Listener | None = None
-    ) -> Iterator[ProbeBench]:
-        n = probing.sequences_at_once(tokens.n_ctx, self.model.n_vocab, tokens.n_chunks)
-        with self.model.context(tokens.n_ctx, n, self.n_threads, listener) as context:
-            bench = probing.ProbeBench(self.inventory, self.scratch, context, self.n_threads)
-            bench.imatrix = imatrix
-            try:
-                yield bench
-            finally:
-                bench.close()
+    ) -> AbstractContextManager[ProbeBench]:
+        return probing.opened_bench(
+            self.inventory, self.scratch, self.model, tokens, imatrix, self.n_threads, listener
+        )
 
     @property
     def is_late(self) -> bool:
@@ -467,12 +441,7 @@ class _Run:
         return enough or f"{name} {kind}" in state.excluded
 
     def _kernels(self, state: Sensitivity, bench: ProbeBench, reference: ReferenceRun) -> None:
-        """Whole models in one type, with dequantised weights and as real files.
-
-        Not where the scratch copy's own kernels round activations.
-        """
-        if state.is_rounded:
-            return
+        """Whole models in one type, with dequantised weights and as real files."""
         part = reference.part(slice(0, _KERNEL_CHUNKS))
         for i, kind in enumerate(_KERNEL_TYPES[: self.effort.kernel_types]):
             names = [n for n, t in state.tensors.items() if kind in t.errors.weights]
@@ -543,7 +512,6 @@ class _Run:
         """Probe a pair up to `n_chunks` chunks; not finite twice excludes it."""
         tensor = state.tensors[name]
         before = tensor.probes.get(kind, Probe([], []))
-        share = 1 / (1 + state.rounding(name, kind))
         part = reference.part(slice(len(before.kld), n_chunks))
         if not part.tokens.n_chunks:
             return
@@ -551,7 +519,7 @@ class _Run:
             result = bench.probe(name, lookup(kind), part)
             if result.is_finite:
                 kld, change = (
-                    (share * values.reshape(part.tokens.n_chunks, -1).mean(axis=1)).tolist()
+                    values.reshape(part.tokens.n_chunks, -1).mean(axis=1).tolist()
                     for values in (result.kld_nats, result.nll_change_nats)
                 )
                 found = Probe([*before.kld, *kld], [*before.nll_change, *change])
@@ -602,8 +570,6 @@ def decisive_pairs(state: Sensitivity, inventory: Inventory, count: int) -> list
 
     def is_open(pair: tuple[str, str]) -> bool:
         known = state.tensors[pair[0]].probes.get(pair[1])
-        if state.rounding(*pair) > _MOST_ROUNDING:
-            return False
         return known is None or len(known.kld) < n_chunks
 
     best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]

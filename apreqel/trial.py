@@ -82,8 +82,9 @@ def on_text(
             shape = tokens.n_scored, model.n_vocab
             artifacts.require_space(folder, 4 * shape[0] * shape[1], "the original's logits")
             store = np.memmap(Path(scratch) / "reference.f32", np.float32, "w+", shape=shape)
+            on_progress("evaluating the original", 0, tokens.n_scored)
             for rows, logits in evaluated(context, tokens):
-                on_progress("evaluating the original", rows.start, tokens.n_scored)
+                on_progress("evaluating the original", rows.stop, tokens.n_scored)
                 if not np.isfinite(logits).all():
                     raise EngineError(f"{original}: gives NaN or Inf logits")
                 store[rows] = logits
@@ -157,7 +158,7 @@ class Trials(AbstractContextManager["Trials"]):
         self._n_threads, self._on_progress = n_threads, on_progress
         tokens = np.array(state.check_tokens, np.int32)
         self._tokens = TokenSet.scored_from(tokens.shape[1] // 2, "check", tokens, "")
-        self._provenance = _provenance(state)
+        self._provenance = provenance_of(state)
         self._known = read_trials(folder, state)
         self._stack = ExitStack()
         self._text: OnText | None = None
@@ -172,10 +173,10 @@ class Trials(AbstractContextManager["Trials"]):
 
     def measure(self, label: str, types: Mapping[str, str]) -> Trial:
         """Write the file, compare it with the original, delete it. Raises EngineError."""
-        found = self._known.get(_key(types))
+        found = self._known.get(map_key(types))
         if found is not None:
             if found.label != label and label in _OWN:
-                self._known[_key(types)] = found = replace(found, label=label)
+                self._known[map_key(types)] = found = replace(found, label=label)
             return replace(found, label=label)
         if self._text is None:
             evaluated_original = on_text(
@@ -207,7 +208,7 @@ class Trials(AbstractContextManager["Trials"]):
                 tuple(chunks.tolist()),
                 float(np.quantile(result.kld_nats, 0.999)),
             )
-        self._known[_key(types)] = trial
+        self._known[map_key(types)] = trial
         artifacts.save(
             self._folder / TRIALS_FILE,
             "trials",
@@ -223,7 +224,7 @@ def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
     if not path.exists():
         return {}
     provenance, data = artifacts.load(path, "trials", state.provenance.model_sha256)
-    if replace(provenance, apreqel_version="") != replace(_provenance(state), apreqel_version=""):
+    if not same_source(provenance, state):
         return {}  # on other text or with another imatrix: measured anew
     try:
         trials = [
@@ -231,7 +232,7 @@ def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
         ]
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
-    return {_key(trial.types): trial for trial in trials}
+    return {map_key(trial.types): trial for trial in trials}
 
 
 def knots(trials: Mapping[str, Trial]) -> list[Knot]:
@@ -239,11 +240,19 @@ def knots(trials: Mapping[str, Trial]) -> list[Knot]:
     return [Knot(t.types, t.kld) for t in trials.values() if t.label in _OWN]
 
 
-def _provenance(state: Sensitivity) -> Provenance:
+def provenance_of(state: Sensitivity) -> Provenance:
+    """Of what was measured with this sensitivity's text and imatrix."""
     measured = state.provenance
     settings = {**measured.settings, "imatrix_sha256": state.imatrix_sha256}
     return Provenance(measured.model_sha256, measured.llama_build, settings=settings)
 
 
-def _key(types: Mapping[str, str]) -> str:
+def same_source(provenance: Provenance, state: Sensitivity) -> bool:
+    """Whether it is `provenance_of` this sensitivity, whichever version wrote it."""
+    wanted = provenance_of(state)
+    return replace(provenance, apreqel_version="") == replace(wanted, apreqel_version="")
+
+
+def map_key(types: Mapping[str, str]) -> str:
+    """A digest of a map of types."""
     return hashlib.sha256(json.dumps(sorted(types.items())).encode()).hexdigest()

@@ -14,6 +14,7 @@ from apreqel import (
     candidates,
     knapsack,
     llama,
+    pipeline,
     plan,
     probing,
     quantize,
@@ -21,9 +22,10 @@ from apreqel import (
     sensitivity,
     trial,
 )
+from apreqel.errors import OutputError
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.knapsack import Limit
-from apreqel.plan import Planner, PlanRequest, Solved
+from apreqel.plan import Plan, Planner, PlanRequest, Solved
 from apreqel.qtypes import lookup
 from apreqel.sensitivity import Sensitivity
 from apreqel.trial import Trials
@@ -206,13 +208,18 @@ def test_exchanges_start_from_the_plan(measured: Measured) -> None:
     assert np.array_equal(exchanged, whole) and exchanged.mean() < planned.mean()
 
 
-def test_refining_is_never_worse(measured: Measured) -> None:
+def test_refining_is_never_worse(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
     _, folder, state = measured
     request = PlanRequest("accuracy", target_bpw=4.5)
     wanted = planner(measured, request)
     with trials_in(measured) as trials:
         first = candidates.confirmed_plan(wanted, trials)
         count = refine.refine(wanted, 1.0, folder, 2)
+        assert len(refine.read_exchanges(folder, state)) in (1, 2, 3)
+        # What is known is not probed again: nothing is run.
+        with monkeypatch.context() as patched:
+            patched.setattr(refine, "_planned_bench", None)
+            assert refine.refine(wanted, 1.0, folder, 2) == count
         again = candidates.confirmed_plan(wanted, trials)
     state.exchanges = ()
     state.renew_model()
@@ -223,6 +230,31 @@ def test_refining_is_never_worse(measured: Measured) -> None:
     klds = [next(t.kld.mean for t in p.trials if t.is_taken) for p in (first, again)]
     best = next(t.kld.mean for t in kept.trials if t.is_taken)
     assert best == min(klds) and "exchanges around the plan" in kept.notes[-1]
+
+
+def test_few_bits_are_refined_unasked(measured: Measured, monkeypatch: pytest.MonkeyPatch) -> None:
+    inventory, folder, state = measured
+    monkeypatch.setattr(state, "effort", "normal")
+    few, many = (planner(measured, PlanRequest(target_bpw=bits)) for bits in (3.5, 6.0))
+    assert refine.is_worthwhile(few, few.plan()) and not refine.is_worthwhile(many, many.plan())
+    knee = planner(measured, PlanRequest("balanced", target_bpw=3.5))
+    assert not refine.is_worthwhile(knee, few.plan())
+    space = pipeline.Workspace(inventory, SHA, folder, 2, False, True, lambda *_: None)
+    imatrix = pipeline.load_imatrix(space)
+    made, path = pipeline.plan(space, few.request, state, imatrix, None)
+    assert any("exchanges around the plan were probed" in note for note in made.notes)
+    assert state.exchanges == () and Plan.load(path).notes == list(made.notes)
+
+    def full(*_: object) -> int:
+        raise OutputError("the disk is full")
+
+    monkeypatch.setattr(refine, "refine", full)
+    made, _ = pipeline.plan(space, few.request, state, imatrix, None)
+    assert any("could not be probed (the disk is full)" in note for note in made.notes)
+    with pytest.raises(OutputError):
+        pipeline.plan(space, few.request, state, imatrix, None, refine=True)
+    monkeypatch.setattr(state, "effort", "quick")
+    assert not refine.is_worthwhile(few, few.plan())
 
 
 def test_ladder_tells_how_damages_add_up(measured: Measured) -> None:

@@ -236,3 +236,14 @@ def test_demo_needs_its_package(tmp_path: Path) -> None:
     else:
         assert "The source is quantised already" in done.stdout
     assert os.listdir(tmp_path) == []
+
+
+def test_wishes_that_contradict_each_other(llama_model: Path) -> None:
+    for options, message in (
+        (["--refine", "--unchecked"], "--refine compares real files of one plan by KL divergence"),
+        (["--refine", "--front"], "--refine compares real files of one plan by KL divergence"),
+        (["--refine", "--prefer", "balanced"], "not with --prefer balanced or --weights"),
+        (["--metric", "loss"], "--metric 'loss': choose one of kld, perplexity"),
+        (["--metric", "perplexity", "--max-kld", "0.1"], "--max-kld limits KL divergence"),
+    ):
+        expect(2, message, "plan", llama_model, *options)

@@ -399,3 +399,16 @@ def test_bundled_profiles_are_sound() -> None:
 def test_names_of_profiles_are_file_names() -> None:
     assert profile.safe_name("../../etc/passwd") == "etc-passwd"
     assert profile.safe_name("..") == "imported"
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    """A container's own limit counts, less what it uses, but for cached pages of files."""
+    assert device.available_bytes(5000, tmp_path) == 5000
+    (tmp_path / "memory.max").write_text("max\n")
+    (tmp_path / "memory.current").write_text("800\n")
+    assert device.available_bytes(5000, tmp_path) == 5000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert device.available_bytes(5000, tmp_path) == 200
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
+    assert device.available_bytes(5000, tmp_path) == 500
+    assert device.available_bytes(400, tmp_path) == 400

@@ -57,10 +57,9 @@ def main() -> None:
                 chunks = calibration.chunks_of(model, [calibration.read_text(args.text)], 64)
                 chunks = chunks[calibration.spread(len(chunks), 32)]
                 tokens = TokenSet.scored_from(4, args.text.name, chunks, "")
-            n = probing.sequences_at_once(tokens.n_ctx, model.n_vocab, tokens.n_chunks)
-            with model.context(tokens.n_ctx, n, space.n_threads) as context:
-                bench = probing.ProbeBench(space.inventory, scratch, context, space.n_threads)
-                bench.imatrix = imatrix
+            with probing.opened_bench(
+                space.inventory, scratch, model, tokens, imatrix, space.n_threads
+            ) as bench:
                 reference = bench.reference(tokens, scratch.parent)
                 measured, seconds = [], []
                 for i, (name, kind) in enumerate(chosen):
@@ -76,7 +75,6 @@ def main() -> None:
                     probing_rate = tokens.tokens.size / (time.perf_counter() - started)
                     run, _ = timing.time_file(space.model, space.n_threads, 512)
                     rates.append((probing_rate, 1 / run.prefill))
-                bench.close()
     damages = [dequantised.damage(name, kind) for name, kind in chosen]
     predicted = np.array([d.nats for d in damages])
     found = np.array(measured)
