@@ -118,6 +118,10 @@ Refine = Annotated[
         help="Probe exchanges around the plan, and plan again.  [default: below 4 bits per weight]"
     ),
 ]
+Feedback = Annotated[
+    bool,
+    typer.Option("--feedback", help="Move weights against rounding (GPTQ): closer, takes longer."),
+]
 ImatrixFile = Annotated[Path | None, typer.Option("--imatrix", help="Use this imatrix GGUF.")]
 Scored = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to score.")]
 Ctx = Annotated[int, typer.Option("--ctx", min=32, help="Tokens per chunk.")]
@@ -260,6 +264,7 @@ def plan(
     effort: EffortName = "normal",
     minutes: Minutes = None,
     metric: Metric = "kld",
+    feedback: Feedback = False,
     unchecked: Unchecked = False,
     refine: Refine = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="[plan.json]")] = None,
@@ -440,6 +445,7 @@ def auto(
     max_type_changes: MaxTypeChanges = None,
     experts: Experts = None,
     device: Device = None,
+    feedback: Feedback = False,
     effort: EffortName = "normal",
     minutes: Minutes = None,
     output: Annotated[
@@ -585,6 +591,7 @@ def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
         weights=planning.parse_weights(wishes["weights"]) if wishes["weights"] else {},
         max_type_changes=wishes["max_type_changes"],
         experts_used=wishes["experts"],
+        feedback=wishes["feedback"],
         constraints=replace(constraints, pins=[*copied, *constraints.pins]),
     )
 

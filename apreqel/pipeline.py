@@ -10,7 +10,7 @@ import hashlib
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from apreqel.errors import (
     UsageError,
 )
 from apreqel.experts import ExpertUse, measure_experts
+from apreqel.feedback import Feedback
 from apreqel.front import Front
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
@@ -255,9 +256,40 @@ def probe(
     return state, imatrix
 
 
-def trials_of(space: Workspace, state: Sensitivity, imatrix: Imatrix) -> Trials:
+def trials_of(
+    space: Workspace, state: Sensitivity, imatrix: Imatrix, *, feedback: bool = False
+) -> Trials:
     """Whole maps as real files, on the part of the calibration text that is kept for them."""
-    return Trials(space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress)
+    return Trials(
+        space.inventory,
+        imatrix,
+        state,
+        space.folder,
+        space.n_threads,
+        space.on_progress,
+        feedback_of(
+            space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress
+        )
+        if feedback
+        else None,
+    )
+
+
+def feedback_of(
+    inventory: Inventory,
+    imatrix: Imatrix,
+    state: Sensitivity,
+    folder: Path,
+    n_threads: int,
+    on_progress: Progress,
+) -> Feedback:
+    """Raises ArtifactError where the text was not kept that it needs."""
+    if not state.fitting_tokens:
+        raise ArtifactError(
+            f"{folder / sensitivities.SENSITIVITY_FILE}: written before error feedback; for "
+            "--feedback run apreqel probe in another --workdir"
+        )
+    return Feedback(inventory, imatrix, state, folder, n_threads, on_progress)
 
 
 def load_imatrix(space: Workspace) -> Imatrix:
@@ -355,7 +387,8 @@ def plan(
     `refine` exchanges around it are probed too, and a plan made from them is tried; None: where
     it has so few bits that tensors' damages interact.
     """
-    with trials_of(space, state, imatrix) if check else nullcontext() as trials:
+    tried = trials_of(space, state, imatrix, feedback=request.feedback) if check else nullcontext()
+    with tried as trials:
         return _plan(space, request, state, imatrix, device_profile, output, trials, refine)
 
 
@@ -449,7 +482,8 @@ def ladder(
         space.inventory, state, request, records, device_profile, count, expert_use(space, request)
     )
     made = []
-    with trials_of(space, state, imatrix) if check else nullcontext() as trials:
+    tried = trials_of(space, state, imatrix, feedback=request.feedback) if check else nullcontext()
+    with tried as trials:
         for i, size in enumerate(sizes, 1):
             space.on_progress("planning", i - 1, count)
             step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
@@ -516,22 +550,42 @@ def run_plan(
     if not imatrix_path.exists() or artifacts.file_sha256(imatrix_path) != made.imatrix_sha256:
         raise ArtifactError(f"{imatrix_path}: is not the imatrix of {path.name}; plan again")
     imatrix = imatrices.read_imatrix(imatrix_path, inventory)
-    result = quantize.quantize_model(
-        inventory,
-        made.types,
-        output or default_output(inventory, folder, made.prefer),
-        imatrix=imatrix,
-        extra_metadata=made.extra_metadata(),
-        n_threads=n_threads,
-        force=force,
-        allow_requantize=allow_requantize,
-        on_progress=lambda done, total, tensor: on_progress("quantising", done, total),
-    )
+    target = output or default_output(inventory, folder, made.prefer)
+    quantize.check_output(inventory, target, force)
+    with _source(made, inventory, imatrix, folder, n_threads, on_progress) as source:
+        result = quantize.quantize_model(
+            source,
+            made.types,
+            target,
+            imatrix=imatrix,
+            extra_metadata=made.extra_metadata(),
+            n_threads=n_threads,
+            force=force,
+            allow_requantize=allow_requantize,
+            on_progress=lambda done, total, tensor: on_progress("quantising", done, total),
+        )
     if result.size_bytes != made.size_bytes:
         raise ApreqelError(
             f"{result.path}: has {result.size_bytes} bytes, the plan said {made.size_bytes}"
         )
     return result
+
+
+def _source(
+    made: Plan,
+    inventory: Inventory,
+    imatrix: Imatrix,
+    folder: Path,
+    n_threads: int,
+    on_progress: Progress,
+) -> AbstractContextManager[Inventory]:
+    """The model that is quantised: with its weights moved where the plan says so."""
+    if not made.feedback:
+        return nullcontext(inventory)
+    path = folder / sensitivities.SENSITIVITY_FILE
+    state = Sensitivity.load(path, made.provenance.model_sha256)
+    feedback = feedback_of(inventory, imatrix, state, folder, n_threads, on_progress)
+    return feedback.moved(made.types)
 
 
 def default_output(inventory: Inventory, folder: Path, prefer: str) -> Path:

@@ -67,6 +67,11 @@ _CACHE_NOTE = (
     "another one is slower, in long contexts and prompts much slower"
 )
 
+_FEEDBACK_NOTE = (
+    "error feedback moves weights against their neighbours' rounding: the file is closer than the "
+    "prediction, which is without it"
+)
+
 # Contexts are tried in steps of this many tokens.
 _CONTEXT_STEP = 256
 
@@ -90,6 +95,7 @@ class PlanRequest:
     weights: Mapping[str, float] = field(default_factory=dict)  # of memory, latency, accuracy
     max_type_changes: int | None = None  # against stock Q4_K_M
     experts_used: int | None = None  # a token, instead of the model's own count
+    feedback: bool = False  # move weights against rounding when they are written
     constraints: Constraints = field(default_factory=Constraints)
 
     @property
@@ -179,6 +185,7 @@ class Plan:
     metric: str = "kld"  # what the damage that was made small is
     beyond_limit: bool = False  # whether the real file passes a limit on damage
     exchanges: Sequence[Exchange] = ()  # what was probed around it
+    feedback: bool = False  # whether weights are moved against rounding when they are written
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -251,10 +258,15 @@ def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
 
 
 def map_digest(
-    types: Mapping[str, str], imatrix_sha256: str, experts_used: int | None = None
+    types: Mapping[str, str],
+    imatrix_sha256: str,
+    experts_used: int | None = None,
+    feedback: bool = False,
 ) -> str:
     """SHA-256 over what determines the tensor data of the quantised file, and how it runs."""
-    rest = [] if experts_used is None else [experts_used]
+    rest: list[int | str] = [] if experts_used is None else [experts_used]
+    if feedback:
+        rest.append("feedback")
     text = json.dumps([sorted(types.items()), imatrix_sha256, *rest])
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -474,9 +486,10 @@ class Planner:
         cache_types = picked_types.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
         own = inventory.types
         chosen = own | (dict(types) if types else picked_types)
+        feedback = self.request.feedback and not types
         metadata = self.metadata
         metadata["apreqel.plan"] = map_digest(
-            chosen, self.sensitivity.imatrix_sha256, experts.used if experts else None
+            chosen, self.sensitivity.imatrix_sha256, experts.used if experts else None, feedback
         )
         caches = range(len(inventory.quantizable), len(options.names))
         beside = options.fixed_damage + options.cache_scale * sum(
@@ -517,6 +530,7 @@ class Planner:
             ease=solved.ease,
             exchanges=self.sensitivity.exchanges,
             metric=self.sensitivity.metric,
+            feedback=feedback,
             gap=solution.gap,
             solver_seconds=solution.seconds,
             imatrix_sha256=self.sensitivity.imatrix_sha256,
@@ -536,6 +550,7 @@ class Planner:
             speed_with_own_experts=own_speed if experts else None,
             notes=(
                 *plan_notes(self.sensitivity, chosen),
+                *([_FEEDBACK_NOTE] if feedback else []),
                 *cache_notes(inventory, profile, chosen, cache_types, solved.n_ctx),
             ),
         )

@@ -109,12 +109,14 @@ def paging_note(inventory: Inventory) -> str:
 
 
 @contextmanager
-def scratch_copy(inventory: Inventory, folder: Path, n_threads: int) -> Iterator[Path]:
-    """The model as one float file in `folder`, gone afterwards.
+def scratch_copy(
+    inventory: Inventory, folder: Path, n_threads: int, types: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """The model as one file of floats (or of `types`) in `folder`, gone afterwards.
 
     Written by the C program, which checks every weight. Raises OutputError, ModelFileError (NaN).
     """
-    types = scratch_types(inventory)
+    types = types or scratch_types(inventory)
     require_space(folder, inventory.output_size(types), "the scratch copy of the model")
     place = Path(tempfile.mkdtemp(prefix="scratch-", dir=folder))
     try:

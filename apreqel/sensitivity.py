@@ -136,6 +136,7 @@ class Sensitivity:
     settled: bool = False  # whether further probes were not expected to change plans
     check_tokens: list[list[int]] = field(default_factory=list)  # of texts, for real files
     probe_tokens: list[list[int]] = field(default_factory=list)  # of texts, for exchanges
+    fitting_tokens: list[list[int]] = field(default_factory=list)  # of texts, for error feedback
     exchanges: Sequence[Exchange] = ()  # around the plan at hand, for `model`; not kept
     metric: str = "kld"  # what `model` calls damage
     knots: Sequence[Knot] = ()  # real files, for `model`; kept in another file
@@ -322,6 +323,7 @@ class _Run:
         split = self.settings.split(self.model, texts)
         state.check_tokens = split.check.tokens.tolist()
         state.probe_tokens = split.probe.tokens.tolist()
+        state.fitting_tokens = split.fitting.tokens.tolist()
         state.places = {t.name: Place(t.role, t.layer or 0) for t in self.inventory.quantizable}
         imatrix, half = self._imatrix(state, split.fitting, imatrix_file)
         self.keep(force=True)

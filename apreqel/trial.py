@@ -11,7 +11,7 @@ import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +28,7 @@ from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.quantize import quantize_model
 
 if TYPE_CHECKING:
+    from apreqel.feedback import Feedback
     from apreqel.imatrix import Imatrix
     from apreqel.inventory import Inventory
     from apreqel.sensitivity import Sensitivity
@@ -130,6 +131,7 @@ class Trial:
     size_bytes: int
     kld_by_chunk: tuple[float, ...]
     kld_p999: float
+    feedback: bool = False  # whether its weights were moved against rounding
 
     @property
     def kld(self) -> Estimate:
@@ -152,8 +154,13 @@ class Trials(AbstractContextManager["Trials"]):
         folder: Path,
         n_threads: int,
         on_progress: Progress = lambda what, done, total: None,
+        feedback: Feedback | None = None,
     ) -> None:
-        """Raises ArtifactError where what was measured before cannot be read."""
+        """With `feedback` apreqel's own maps are written with moved weights, rivals as they are.
+
+        Raises ArtifactError where what was measured before cannot be read.
+        """
+        self._feedback = feedback
         self._inventory, self._imatrix, self._folder = inventory, imatrix, folder
         self._n_threads, self._on_progress = n_threads, on_progress
         tokens = np.array(state.check_tokens, np.int32)
@@ -173,10 +180,12 @@ class Trials(AbstractContextManager["Trials"]):
 
     def measure(self, label: str, types: Mapping[str, str]) -> Trial:
         """Write the file, compare it with the original, delete it. Raises EngineError."""
-        found = self._known.get(map_key(types))
+        feedback = self._feedback if label in _OWN else None
+        key = _trial_key(types, feedback is not None)
+        found = self._known.get(key)
         if found is not None:
             if found.label != label and label in _OWN:
-                self._known[map_key(types)] = found = replace(found, label=label)
+                self._known[key] = found = replace(found, label=label)
             return replace(found, label=label)
         if self._text is None:
             evaluated_original = on_text(
@@ -188,11 +197,14 @@ class Trials(AbstractContextManager["Trials"]):
                 self._on_progress,
             )
             self._text = self._stack.enter_context(evaluated_original)
-        with tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder) as place:
+        with (
+            tempfile.TemporaryDirectory(prefix="trial-", dir=self._folder) as place,
+            feedback.moved(types) if feedback else nullcontext(self._inventory) as source,
+        ):
             path = Path(place) / "trial.gguf"
             self._on_progress(f"trying a real file: {label}", 0, 1)
             quantize_model(
-                self._inventory,
+                source,
                 types,
                 path,
                 imatrix=self._imatrix,
@@ -207,8 +219,9 @@ class Trials(AbstractContextManager["Trials"]):
                 path.stat().st_size,
                 tuple(chunks.tolist()),
                 float(np.quantile(result.kld_nats, 0.999)),
+                feedback is not None,
             )
-        self._known[map_key(types)] = trial
+        self._known[key] = trial
         artifacts.save(
             self._folder / TRIALS_FILE,
             "trials",
@@ -232,12 +245,19 @@ def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
         ]
     except (KeyError, TypeError) as error:
         raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
-    return {map_key(trial.types): trial for trial in trials}
+    return {_trial_key(trial.types, trial.feedback): trial for trial in trials}
+
+
+def _trial_key(types: Mapping[str, str], feedback: bool) -> str:
+    return map_key(types) + (" with feedback" if feedback else "")
 
 
 def knots(trials: Mapping[str, Trial]) -> list[Knot]:
-    """What was measured of apreqel's own plans, for the damage model's totals."""
-    return [Knot(t.types, t.kld) for t in trials.values() if t.label in _OWN]
+    """What was measured of apreqel's own plans, for the damage model's totals.
+
+    Without those with feedback, which does more for some types than for others.
+    """
+    return [Knot(t.types, t.kld) for t in trials.values() if t.label in _OWN and not t.feedback]
 
 
 def provenance_of(state: Sensitivity) -> Provenance:

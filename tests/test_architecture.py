@@ -20,7 +20,7 @@ ORDER = [
     ["quantize", "profile"],
     ["timing", "memory", "recipes"],
     ["probing"],
-    ["damage"],
+    ["damage", "feedback"],
     ["sensitivity", "kv_cache"],
     ["trial", "experts"],
     ["options"],

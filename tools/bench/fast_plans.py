@@ -10,9 +10,10 @@ preset's, and the closest plan that is predicted to be at least as fast as the p
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
-from apreqel import calibration, pipeline, plan, quantize, verify
+from apreqel import calibration, pipeline, plan, verify
 from apreqel.console import Reporter
 from apreqel.plan import PlanRequest
 
@@ -29,6 +30,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["fastest", "closest"])
     parser.add_argument("--margin", type=float, default=1.0)
     parser.add_argument("--workload", default="512:128")
+    parser.add_argument("--feedback", action="store_true")
     parser.add_argument("--repetitions", type=int, default=9)
     args = parser.parse_args()
     with pipeline.open_workspace(
@@ -61,19 +63,17 @@ def main() -> None:
             }
             files = {}
             for label in args.plans:
-                made, _ = pipeline.plan(
-                    space, wishes[label], state, imatrix, profile, space.folder / f"{label}.json"
-                )
+                wish = replace(wishes[label], feedback=args.feedback)
+                plan_path = space.folder / f"{label}.json"
+                pipeline.plan(space, wish, state, imatrix, profile, plan_path)
                 files[label] = space.folder / f"{label}-{preset}.gguf"
-                quantize.quantize_model(
-                    space.inventory,
-                    made.types,
-                    files[label],
-                    imatrix=imatrix,
-                    extra_metadata=made.extra_metadata(),
+                pipeline.run_plan(
+                    plan_path,
+                    output=files[label],
                     n_threads=space.n_threads,
                     force=True,
                     allow_requantize=True,
+                    on_progress=space.on_progress,
                 )
             report = verify.verify(
                 space.inventory,

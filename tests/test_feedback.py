@@ -1,0 +1,122 @@
+"""Error feedback: weights moved against rounding, alone and through llama.cpp on tiny models."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_measurements import MEASURE, SHA, load_imatrix, texts
+
+from apreqel import feedback, llama, pipeline, quantize, sensitivity
+from apreqel.errors import ArtifactError
+from apreqel.feedback import Feedback
+from apreqel.inventory import Inventory, read_inventory
+from apreqel.plan import Plan, PlanRequest
+from apreqel.qtypes import lookup
+from apreqel.sensitivity import Sensitivity
+
+Measured = tuple[Inventory, Path, Sensitivity]
+
+
+@pytest.fixture(scope="module", params=["llama", "moe"])
+def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
+    inventory = read_inventory(request.getfixturevalue(f"{request.param}_model"))
+    folder = tmp_path_factory.mktemp(f"feedback-{request.param}")
+    return inventory, folder, sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
+
+
+def correlated(random: np.random.Generator, n: int) -> np.ndarray:  # type: ignore[type-arg]
+    """Activations [4096, n] that a few directions make most of, and one huge column."""
+    x = random.normal(size=(4096, n // 8)) @ random.normal(size=(n // 8, n))
+    x += 0.3 * random.normal(size=x.shape)
+    x[:, 5] *= 100
+    return x.astype(np.float32)
+
+
+def test_the_factor_is_of_the_inverse() -> None:
+    x = correlated(np.random.default_rng(0), 64)
+    moments = x.T @ x
+    upper = feedback.factor_of(moments).astype(np.float64)
+    assert np.array_equal(upper, np.triu(upper))
+    damped = moments + np.diag(np.full(64, 0.1 * np.median(np.diag(moments))))
+    wanted = np.linalg.inv(damped.astype(np.float64))
+    np.testing.assert_allclose(upper.T @ upper, wanted, atol=5e-3 * wanted.max())
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "IQ4_NL", "Q5_1", "Q4_K", "Q3_K"])
+def test_moved_weights_give_less_output_error(kind: str) -> None:
+    random = np.random.default_rng(1)
+    x = correlated(random, 768)
+    fitted, held_out = x[::2], x[1::2]
+    weights = random.normal(size=(64, 768)).astype(np.float32)
+    importance = np.square(fitted).mean(axis=0)
+    moved = feedback.moved_rows(
+        weights, feedback.factor_of(fitted.T @ fitted), lookup(kind), importance
+    )
+
+    def error(values: np.ndarray) -> float:  # type: ignore[type-arg]
+        back = llama.fake_quantize(values, lookup(kind), importance)
+        return float(np.square((weights - back) @ held_out.T).mean())
+
+    assert error(moved) < 0.8 * error(weights)
+    # The first block is rounded as it is; only those after it are moved.
+    first = lookup(kind).block_size
+    assert np.array_equal(moved[:, :first], weights[:, :first])
+    assert not np.array_equal(moved[:, first:], weights[:, first:])
+
+
+def test_the_file_is_as_planned_but_closer_rounded(measured: Measured, tmp_path: Path) -> None:
+    inventory, folder, state = measured
+    space = pipeline.Workspace(inventory, SHA, folder, 2, False, True, lambda *_: None)
+    imatrix = pipeline.load_imatrix(space)
+    request = PlanRequest("accuracy", target_bpw=5.0, feedback=True)
+    made, path = pipeline.plan(space, request, state, imatrix, None)
+    plain, _ = pipeline.plan(space, replace(request, feedback=False), state, imatrix, None)
+    assert made.types == plain.types and made.size_bytes == plain.size_bytes
+    assert made.metadata["apreqel.plan"] != plain.metadata["apreqel.plan"]
+    assert any("error feedback moves weights" in note for note in made.notes)
+    klds = [next(t.kld.mean for t in p.trials if t.label == "plan") for p in (made, plain)]
+    assert klds[0] != klds[1]
+    # Other plans' totals are told without it.
+    assert all(k.kld.mean != klds[0] for k in state.knots)
+    made.save(path)
+    tensors = {}
+    for threads in (1, 2):
+        output = tmp_path / f"{threads}.gguf"
+        with feedback_of(measured, threads).moved(made.types) as source:
+            quantize.quantize_model(
+                source, made.types, output, imatrix=imatrix,
+                extra_metadata=made.extra_metadata(), n_threads=threads,
+            )  # fmt: skip
+        tensors[threads] = output.read_bytes()
+        assert output.stat().st_size == made.size_bytes == Plan.load(path).size_bytes
+    assert tensors[1] == tensors[2]
+    quantize.quantize_model(
+        inventory, made.types, tmp_path / "plain.gguf", imatrix=imatrix,
+        extra_metadata=made.extra_metadata(),
+    )  # fmt: skip
+    ours, theirs = (read_inventory(tmp_path / f"{n}.gguf") for n in ("1", "plain"))
+    changed = {t.name for t in ours.tensors if raw(ours, t.name) != raw(theirs, t.name)}
+    assert changed and not {n for n in changed if "exps" in n or not n.startswith("blk.")}
+
+
+def raw(inventory: Inventory, name: str) -> bytes:
+    tensor = inventory.by_name[name]
+    with open(inventory.files[tensor.shard], "rb") as file:
+        file.seek(tensor.offset)
+        return file.read(tensor.size_bytes)
+
+
+def feedback_of(measured: Measured, n_threads: int) -> Feedback:
+    inventory, folder, state = measured
+    return Feedback(inventory, load_imatrix(folder, inventory), state, folder, n_threads)
+
+
+def test_measured_before_there_was_feedback(measured: Measured) -> None:
+    inventory, folder, state = measured
+    old = replace(state, fitting_tokens=[])
+    space = pipeline.Workspace(inventory, SHA, folder, 2, False, True, lambda *_: None)
+    with pytest.raises(ArtifactError, match="written before error feedback; for --feedback run"):
+        pipeline.plan(space, PlanRequest(feedback=True), old, pipeline.load_imatrix(space), None)
