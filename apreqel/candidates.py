@@ -71,7 +71,10 @@ def confirmed_plan(planner: Planner, trials: Trials) -> Plan:
     if better and by_closeness and state.metric == "kld":
         chosen = min(better, key=lambda r: r.kld.mean)
         made = planner.plan(solved, chosen.types)
-        notes.append(f"{chosen.label} measured better than the planned map and was taken instead")
+        notes.append(
+            f"{chosen.label} measured better than the planned map and was taken instead"
+            + (", without error feedback" if request.feedback else "")
+        )
     return replace(
         made,
         notes=notes,
@@ -146,9 +149,12 @@ def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Sol
         try:
             solved = planner.solve(ease)
         except InfeasiblePlanError:
-            if not found:
+            if found:
+                break
+            if target is None or not request.feedback or ease > 2:
                 raise
-            break
+            ease *= 1.4  # what it lacks feedback may bring: files decide
+            continue
         made = planner.plan(solved)
         trial = trials.measure("plan", made.types)
         loss = trial.kld.mean + made.beside_nats

@@ -9,7 +9,8 @@ are written by the same C program and the file has the same types and bytes, and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ import numpy.typing as npt
 
 from apreqel import artifacts, llama, probing
 from apreqel.calibration import TokenSet
-from apreqel.errors import EngineError
+from apreqel.device import detect
+from apreqel.errors import ArtifactError, EngineError
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.qtypes import QuantType, lookup
 
@@ -29,17 +31,24 @@ if TYPE_CHECKING:
     from apreqel.sensitivity import Sensitivity
 
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Progress = Callable[[str, int, int], None]
 
 # Added to all columns' second moments, as a part of their median: keeps weights of columns that are
 # hardly used from being moved far (GPTQ's percdamp; by the median, as single columns can be huge).
 _DAMPING = 0.1
+# Raised whenever other weights come of the same input: files and measurements are kept by it.
+VERSION = 1
 # Columns after which the rest of a row is moved; within, each block moves those after it.
 _COLUMNS_AT_ONCE = 256
 # Rows taken together: a fixed number, so that the file does not depend on the number of threads.
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 256
 # Second moments of as many tensors as fit are collected in one pass over the text.
 _ROOM_BYTES = 2 << 30
+# ggml weighs these types' weights by the whole row's mean square (quantize_row_q4_0_impl and its
+# like in ggml-quants.c); a block that is quantised alone gets columns that bring it to that.
+_WEIGHED_BY_ROW = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1"})
+_FILLER_BLOCKS = 3
 # Tensors that read the same activations.
 _SHARED = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
 
@@ -60,18 +69,20 @@ class Feedback:
         self._n_threads, self._on_progress = n_threads, on_progress
         tokens = np.array(state.fitting_tokens, np.int32)
         self._tokens = TokenSet.scored_from(0, "fitting", tokens, "")
-        facts = f"{state.provenance.model_sha256} {_DAMPING}".encode() + tokens.tobytes()
+        facts = f"{state.provenance.model_sha256} {_DAMPING} {VERSION}".encode() + tokens.tobytes()
         self._place = folder / f"feedback-{hashlib.sha256(facts).hexdigest()[:12]}"
+        self._marks = artifacts.file_marks(inventory.files)
 
     @contextmanager
     def moved(self, types: Mapping[str, str]) -> Iterator[Inventory]:
         """The model with weights moved for `types`, as a file to be quantised to them.
 
-        Raises EngineError, ModelFileError, OutputError.
+        Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
         inventory = self._inventory
         chosen = [t for t in inventory.quantizable if self._is_moved(t, types[t.name])]
-        self._collect()
+        with artifacts.lock(self._folder / ".feedback.lock"):
+            self._collect({self._source(t): t.row_length for t in chosen})
         kept = inventory.types
         floats = probing.scratch_types(inventory)
         with (
@@ -92,13 +103,14 @@ class Feedback:
                 )
             stored.flush()
             del stored
+            artifacts.source_is_unchanged(inventory.files, self._marks)
             yield copy
 
     def _is_moved(self, tensor: Tensor, kind: str) -> bool:
-        """Experts see too few tokens each; an embedding that is looked up has no later columns."""
+        """Experts see too few tokens each; looking up an embedding has no output to make good."""
         return (
             tensor.n_experts == 1
-            and tensor.layer is not None
+            and (tensor.layer is not None or tensor.role == "output")
             and lookup(kind).is_quantized
             and kind != tensor.qtype.name
             and tensor.row_length > lookup(kind).block_size
@@ -112,9 +124,10 @@ class Feedback:
         stored: npt.NDArray[np.uint8],
         pool: ThreadPoolExecutor,
     ) -> None:
-        factor = np.load(self._place / f"{self._source(tensor)}.npy")
+        factor = self._factor(tensor)
         if not factor.size:  # no product reads it
             return
+        own = own_inverses(factor, kind.block_size)
         importance = self._imatrix.weights(tensor.name)
         dtype = np.float16 if copy.qtype.name == "F16" else np.float32
         raw = stored[copy.offset : copy.offset + copy.size_bytes]
@@ -123,7 +136,7 @@ class Feedback:
         def move(first: int) -> None:
             part = slice(first, min(first + _ROWS_AT_ONCE, tensor.n_rows))
             weights = probing.read_weights(self._inventory, tensor.name, part)
-            rows[part] = moved_rows(weights, factor, kind, importance)
+            rows[part] = moved_rows(weights, factor, own, kind, importance)
 
         list(pool.map(move, range(0, tensor.n_rows, _ROWS_AT_ONCE)))
 
@@ -133,16 +146,19 @@ class Feedback:
         name = tensor.name.replace(f".{tensor.role}.", f".{first}.")
         return name if name in self._inventory.by_name else tensor.name
 
-    def _collect(self) -> None:
-        """Collect what is not at hand, in passes over the text that memory holds."""
-        wanted = {
-            self._source(t): t.row_length
-            for t in self._inventory.quantizable
-            if t.n_experts == 1 and t.layer is not None
-        }
-        left = {
-            n: length for n, length in wanted.items() if not (self._place / f"{n}.npy").exists()
-        }
+    def _factor(self, tensor: Tensor) -> Floats:
+        path = self._path(self._source(tensor))
+        try:
+            factor: Floats = np.load(path)
+        except (OSError, ValueError) as error:
+            raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
+        if factor.shape not in ((0, 0), (tensor.row_length, tensor.row_length)):
+            raise ArtifactError(f"{path}: has the shape {factor.shape}; delete it")
+        return factor
+
+    def _collect(self, lengths: Mapping[str, int]) -> None:
+        """Factors that are not at hand, in as many passes over the text as memory asks for."""
+        left = {n: length for n, length in lengths.items() if not self._path(n).exists()}
         if not left:
             return
         needed = sum(4 * length**2 for length in left.values())
@@ -151,27 +167,33 @@ class Feedback:
         with llama.LoadedModel(self._inventory.files[0], patchable=True) as model:
             while left:
                 now: list[str] = []
-                room = _ROOM_BYTES
+                room = min(_ROOM_BYTES, detect().available_bytes // 4)
                 for name, length in left.items():
                     if now and room < 8 * length**2:
                         break
                     now.append(name)
                     room -= 8 * length**2
                 found = self._moments(model, now)
+                artifacts.source_is_unchanged(self._inventory.files, self._marks)
                 for name in now:
-                    part = self._place / f"{name}.part.npy"
-                    np.save(part, factor_of(found[name]) if name in found else np.zeros((0, 0)))
-                    part.rename(self._place / f"{name}.npy")
+                    factor = factor_of(found.pop(name)) if name in found else np.zeros((0, 0))
+                    content = io.BytesIO()
+                    np.save(content, factor)
+                    artifacts.write_atomically(self._path(name), content.getvalue())
                     del left[name]
 
-    def _moments(self, model: llama.LoadedModel, names: list[str]) -> dict[str, Floats]:
-        found: dict[str, Floats] = {}
+    def _path(self, name: str) -> Path:
+        return self._place / f"{name}.npy"
+
+    def _moments(self, model: llama.LoadedModel, names: list[str]) -> dict[str, Doubles]:
+        found: dict[str, Doubles] = {}
 
         def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
             if name in names and experts is None:
                 x = values.reshape(-1, values.shape[-1])
-                product = x.T @ x
-                found[name] = found[name] + product if name in found else product
+                if name not in found:
+                    found[name] = np.zeros((x.shape[1], x.shape[1]))
+                found[name] += x.T @ x
 
         n = probing.sequences_at_once(self._tokens.n_ctx, model.n_vocab, self._tokens.n_chunks)
         with model.context(self._tokens.n_ctx, n, self._n_threads, listen) as context:
@@ -182,28 +204,57 @@ class Feedback:
         return found
 
 
-def factor_of(moments: Floats) -> Floats:
-    """U, upper triangular, with U^T U the inverse of the damped second moments [n, n]."""
+def factor_of(moments: Doubles) -> Floats:
+    """U, upper triangular, with U^T U the inverse of the damped second moments [n, n].
+
+    Works in the memory of `moments`. Raises EngineError where they are not finite.
+    """
     from scipy.linalg import lapack
 
-    n, diagonal = len(moments), np.diag(moments)
-    damped = moments.astype(np.float64)
-    damped[np.diag_indices(n)] += _DAMPING * np.median(diagonal) + 1e-6 * diagonal.mean() + 1e-30
-    lower, failed = lapack.dpotrf(damped, lower=1, overwrite_a=1)
-    inverse, _ = lapack.dpotri(lower, lower=1, overwrite_c=1)
-    inverse = np.tril(inverse)
-    inverse += np.tril(inverse, -1).T
-    upper, failed = lapack.dpotrf(inverse, lower=0, overwrite_a=1)
-    if failed:
+    diagonal = np.diag(moments).copy()
+    if not np.isfinite(diagonal).all():
         raise EngineError("second moments of activations are not finite")
-    factor: Floats = np.triu(upper).astype(np.float32)
-    return factor
+    used = diagonal[diagonal > 0]
+    if not used.size:
+        return np.zeros((0, 0), np.float32)
+    damping = _DAMPING * float(np.median(used)) + 1e-6 * diagonal
+    for _ in range(8):
+        # In place: a symmetric matrix in rows is one in columns.
+        a = np.array(moments, order="F")
+        a[np.diag_indices(len(a))] += damping
+        a, failed = lapack.dpotrf(a, lower=1, overwrite_a=1)
+        if not failed:
+            a, failed = lapack.dpotri(a, lower=1, overwrite_c=1)
+        if not failed:
+            for i in range(len(a)):
+                a[i, i + 1 :] = a[i + 1 :, i]
+            a, failed = lapack.dpotrf(a, lower=0, overwrite_a=1)
+        if not failed:
+            factor: Floats = np.triu(a.astype(np.float32))
+            return factor
+        damping = 10 * damping  # a few columns have nearly all the energy, and are alike
+    raise EngineError("second moments of activations cannot be inverted")
+
+
+def own_inverses(factor: Floats, block: int) -> list[Floats]:
+    """Of each diagonal block of the factor."""
+    return [
+        np.linalg.inv(factor[i : i + block, i : i + block].astype(np.float64)).astype(np.float32)
+        for i in range(0, len(factor), block)
+    ]
 
 
 def moved_rows(
-    weights: Floats, factor: Floats, kind: QuantType, importance: Floats | None
+    weights: Floats,
+    factor: Floats,
+    own: Sequence[Floats],
+    kind: QuantType,
+    importance: Floats | None,
 ) -> Floats:
-    """`weights` [rows, n] as they are to be quantised to `kind`, block by block of columns."""
+    """`weights` [rows, n] as they are to be quantised to `kind`, block by block of columns.
+
+    `own` is what `own_inverses` gives for the factor.
+    """
     moved: Floats = weights.copy()
     length, block = weights.shape[1], kind.block_size
     step = max(block, _COLUMNS_AT_ONCE)
@@ -212,13 +263,27 @@ def moved_rows(
         errors = np.zeros((len(moved), end - start), np.float32)
         for first in range(start, end, block):
             last = min(first + block, length)
-            part = np.ascontiguousarray(moved[:, first:last])
-            column_weights = (
-                None if importance is None else np.ascontiguousarray(importance[first:last])
-            )
-            lost = part - llama.fake_quantize(part, kind, column_weights)
-            own = np.linalg.inv(factor[first:last, first:last].astype(np.float64))
-            errors[:, first - start : last - start] = e = lost @ own.astype(np.float32)
+            e = (moved[:, first:last] - _rounded(moved, first, last, kind, importance)) @ own[
+                first // block
+            ]
+            errors[:, first - start : last - start] = e
             moved[:, last:end] -= e @ factor[first:last, last:end]
         moved[:, end:] -= errors @ factor[start:end, end:]
     return moved
+
+
+def _rounded(
+    rows: Floats, first: int, last: int, kind: QuantType, importance: Floats | None
+) -> Floats:
+    """Columns `first` to `last` as they read back from `kind`, in rows that stay as they are."""
+    block = np.ascontiguousarray(rows[:, first:last])
+    weights = None if importance is None else np.ascontiguousarray(importance[first:last])
+    if weights is None or kind.name not in _WEIGHED_BY_ROW:
+        return llama.fake_quantize(block, kind, weights)
+    n = last - first
+    energy = np.square(block).sum(axis=1, dtype=np.float64)
+    wanted = np.square(rows).mean(axis=1, dtype=np.float64) * n * (1 + _FILLER_BLOCKS)
+    filler = np.sqrt(np.maximum(wanted - energy, 0) / (n * _FILLER_BLOCKS)).astype(np.float32)
+    whole = np.concatenate([block, np.repeat(filler[:, None], n * _FILLER_BLOCKS, axis=1)], axis=1)
+    back = llama.fake_quantize(whole, kind, np.tile(weights, 1 + _FILLER_BLOCKS))
+    return np.ascontiguousarray(back[:, :n])

@@ -551,7 +551,7 @@ def run_plan(
         raise ArtifactError(f"{imatrix_path}: is not the imatrix of {path.name}; plan again")
     imatrix = imatrices.read_imatrix(imatrix_path, inventory)
     target = output or default_output(inventory, folder, made.prefer)
-    quantize.check_output(inventory, target, force)
+    quantize.check_job(inventory, made.types, target, imatrix, force, allow_requantize)
     with _source(made, inventory, imatrix, folder, n_threads, on_progress) as source:
         result = quantize.quantize_model(
             source,
@@ -561,7 +561,7 @@ def run_plan(
             extra_metadata=made.extra_metadata(),
             n_threads=n_threads,
             force=force,
-            allow_requantize=allow_requantize,
+            allow_requantize=True,  # as was checked above
             on_progress=lambda done, total, tensor: on_progress("quantising", done, total),
         )
     if result.size_bytes != made.size_bytes:

@@ -27,6 +27,7 @@ from apreqel.damage import Exchange
 from apreqel.device import detect
 from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
 from apreqel.experts import ExpertUse, with_experts
+from apreqel.feedback import VERSION
 from apreqel.gguf_header import encode_kv
 from apreqel.knapsack import Limit, Solution, solve
 from apreqel.kv_cache import USUAL, KvSensitivity
@@ -68,8 +69,8 @@ _CACHE_NOTE = (
 )
 
 _FEEDBACK_NOTE = (
-    "error feedback moves weights against their neighbours' rounding: the file is closer than the "
-    "prediction, which is without it"
+    "error feedback moves weights against their neighbours' rounding: the file is usually closer "
+    "than the prediction, which is without it"
 )
 
 # Contexts are tried in steps of this many tokens.
@@ -266,7 +267,7 @@ def map_digest(
     """SHA-256 over what determines the tensor data of the quantised file, and how it runs."""
     rest: list[int | str] = [] if experts_used is None else [experts_used]
     if feedback:
-        rest.append("feedback")
+        rest.append(f"feedback {VERSION}")
     text = json.dumps([sorted(types.items()), imatrix_sha256, *rest])
     return hashlib.sha256(text.encode()).hexdigest()
 

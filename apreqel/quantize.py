@@ -75,11 +75,7 @@ def quantize_model(
     (quantised source), OutputError, LockedError, ModelFileError (NaN), EngineError,
     VerificationError, Interrupted. On any of them `output` is as it was.
     """
-    check_map(inventory, types, imatrix)
-    changed = any(t.qtype.is_quantized and types[t.name] != t.qtype.name for t in inventory.tensors)
-    if changed:
-        require_float_source(inventory, allow_requantize)
-    check_output(inventory, output, force)
+    check_job(inventory, types, output, imatrix, force, allow_requantize)
     size = inventory.output_size(types, extra_metadata)
     artifacts.require_space(output.absolute().parent, size, "the quantised model")
     started = time.monotonic()
@@ -108,6 +104,22 @@ def quantize_model(
 
 
 # --- before --------------------------------------------------------------------------------------
+
+
+def check_job(
+    inventory: Inventory,
+    types: Mapping[str, str],
+    output: Path,
+    imatrix: Imatrix | None,
+    force: bool,
+    allow_requantize: bool,
+) -> None:
+    """Raise what `quantize_model` would before any work."""
+    check_map(inventory, types, imatrix)
+    changed = any(t.qtype.is_quantized and types[t.name] != t.qtype.name for t in inventory.tensors)
+    if changed:
+        require_float_source(inventory, allow_requantize)
+    check_output(inventory, output, force)
 
 
 def check_map(inventory: Inventory, types: Mapping[str, str], imatrix: Imatrix | None) -> None:

@@ -23,6 +23,7 @@ from apreqel.artifacts import Provenance
 from apreqel.calibration import TokenSet
 from apreqel.damage import Knot
 from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, VerificationError
+from apreqel.feedback import VERSION
 from apreqel.metrics import Comparison, Estimate, Reference, estimate, ratio_interval
 from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.quantize import quantize_model
@@ -131,7 +132,7 @@ class Trial:
     size_bytes: int
     kld_by_chunk: tuple[float, ...]
     kld_p999: float
-    feedback: bool = False  # whether its weights were moved against rounding
+    feedback: int = 0  # the version of feedback by which its weights were moved, if they were
 
     @property
     def kld(self) -> Estimate:
@@ -181,7 +182,8 @@ class Trials(AbstractContextManager["Trials"]):
     def measure(self, label: str, types: Mapping[str, str]) -> Trial:
         """Write the file, compare it with the original, delete it. Raises EngineError."""
         feedback = self._feedback if label in _OWN else None
-        key = _trial_key(types, feedback is not None)
+        version = VERSION if feedback else 0
+        key = _trial_key(types, version)
         found = self._known.get(key)
         if found is not None:
             if found.label != label and label in _OWN:
@@ -219,7 +221,7 @@ class Trials(AbstractContextManager["Trials"]):
                 path.stat().st_size,
                 tuple(chunks.tolist()),
                 float(np.quantile(result.kld_nats, 0.999)),
-                feedback is not None,
+                version,
             )
         self._known[key] = trial
         artifacts.save(
@@ -248,8 +250,8 @@ def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
     return {_trial_key(trial.types, trial.feedback): trial for trial in trials}
 
 
-def _trial_key(types: Mapping[str, str], feedback: bool) -> str:
-    return map_key(types) + (" with feedback" if feedback else "")
+def _trial_key(types: Mapping[str, str], feedback: int) -> str:
+    return f"{map_key(types)} {feedback}"
 
 
 def knots(trials: Mapping[str, Trial]) -> list[Knot]:
