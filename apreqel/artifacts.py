@@ -95,6 +95,15 @@ def load(path: Path, kind: str, model_sha256: str | None = None) -> tuple[Proven
     return provenance, data
 
 
+@contextmanager
+def understood(what: str, advice: str = "delete it") -> Iterator[None]:
+    """Raise ArtifactError where fields that are read within are missing, or of another kind."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ArtifactError(f"{what} is damaged ({printable(str(error))}); {advice}") from error
+
+
 # --- writing -------------------------------------------------------------------------------------
 
 

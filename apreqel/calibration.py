@@ -52,17 +52,16 @@ class TokenSet:
     name: str
     tokens: Tokens
     positions: Tokens
-    sha256: str
 
     @staticmethod
-    def scored_from(first: int, name: str, tokens: Tokens, sha256: str) -> TokenSet:
+    def scored_from(first: int, name: str, tokens: Tokens) -> TokenSet:
         """Scored at every position from `first` on."""
         row = np.arange(first, tokens.shape[1] - 1, dtype=np.int32)
-        return TokenSet(name, tokens, np.tile(row, (len(tokens), 1)), sha256)
+        return TokenSet(name, tokens, np.tile(row, (len(tokens), 1)))
 
     def part(self, chunks: slice | Tokens) -> TokenSet:
         """Some of the chunks."""
-        return TokenSet(self.name, self.tokens[chunks], self.positions[chunks], self.sha256)
+        return TokenSet(self.name, self.tokens[chunks], self.positions[chunks])
 
     @property
     def n_chunks(self) -> int:
@@ -180,16 +179,32 @@ def split_for_calibration(
     probe = np.concatenate([probe[i::_PROBE_STRIDE] for i in range(_PROBE_STRIDE)])
     if model.bos_token is not None:
         probe[:, 0] = model.bos_token
-    digest = hashlib.sha256("".join(t.sha256 for t in texts).encode()).hexdigest()
     name = names(texts)
-    fitting = np.ascontiguousarray(rest[spread(len(rest), fitting_chunks), :n_ctx])
-    check = np.ascontiguousarray(stretches[checked, :n_ctx])
     return Split(
-        TokenSet.scored_from(0, name, fitting, digest),
-        # Positions with almost no context say little about the text: the first 1/16 are left out.
-        TokenSet.scored_from(probe_ctx // 16, name, probe, digest),
-        TokenSet.scored_from(n_ctx // 2, name, check, digest),
+        fitting_set(rest[spread(len(rest), fitting_chunks), :n_ctx], name),
+        probe_set(probe, name),
+        check_set(stretches[checked, :n_ctx], name),
     )
+
+
+def fitting_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet:
+    """`Split.fitting` from its chunks [chunks, tokens per chunk]."""
+    return TokenSet.scored_from(0, name, np.ascontiguousarray(chunks, np.int32))
+
+
+def probe_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet:
+    """`Split.probe` from its chunks.
+
+    Positions with almost no context say little about the text: the first 1/16 are left out.
+    """
+    tokens = np.ascontiguousarray(chunks, np.int32)
+    return TokenSet.scored_from(tokens.shape[1] // 16, name, tokens)
+
+
+def check_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet:
+    """`Split.check` from its chunks."""
+    tokens = np.ascontiguousarray(chunks, np.int32)
+    return TokenSet.scored_from(tokens.shape[1] // 2, name, tokens)
 
 
 def spread(n: int, wanted: int) -> npt.NDArray[np.intp]:
@@ -211,9 +226,7 @@ def verification_set(model: LoadedModel, text: Text, n_ctx: int, n_scored: int) 
             f"{text.name}: {len(chunks) * n_ctx} tokens; scoring {n_scored} needs "
             f"{wanted * n_ctx}; give a longer text or score fewer tokens"
         )
-    return TokenSet.scored_from(
-        n_ctx // 2, text.name, chunks[spread(len(chunks), wanted)], text.sha256
-    )
+    return TokenSet.scored_from(n_ctx // 2, text.name, chunks[spread(len(chunks), wanted)])
 
 
 def names(texts: Sequence[Text]) -> str:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from apreqel import artifacts, llama
 from apreqel.artifacts import Provenance
-from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, UsageError
+from apreqel.errors import EngineError, UnsupportedModelError, UsageError
 from apreqel.kv_cache import PROBE_CHUNKS, PROBE_CTX, probe_tokens
 from apreqel.metrics import Comparison, Estimate, Reference, compare, estimate
 
@@ -109,10 +109,8 @@ def _known(path: Path, provenance: Provenance) -> dict[int, Estimate]:
     found, data = artifacts.load(path, "experts", provenance.model_sha256)
     if (found.settings, found.llama_build) != (provenance.settings, provenance.llama_build):
         return {}
-    try:
+    with artifacts.understood(f"{path}"):
         return {int(count): Estimate(**row) for count, row in data["kld_by_count"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
 
 
 def _probe(

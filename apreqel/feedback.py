@@ -20,11 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from apreqel import artifacts, llama, probing
-from apreqel.calibration import TokenSet
+from apreqel.calibration import fitting_set
 from apreqel.device import detect
 from apreqel.errors import ArtifactError, EngineError
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.qtypes import QuantType, lookup
+from apreqel.sensitivity import SENSITIVITY_FILE
 
 if TYPE_CHECKING:
     from apreqel.imatrix import Imatrix
@@ -65,11 +66,17 @@ class Feedback:
         n_threads: int,
         on_progress: Progress = lambda what, done, total: None,
     ) -> None:
+        """Raises ArtifactError where the text was not kept that it needs."""
+        if not state.fitting_tokens:
+            raise ArtifactError(
+                f"{folder / SENSITIVITY_FILE}: written before error feedback; for --feedback run "
+                "apreqel probe in another --workdir"
+            )
         self._inventory, self._imatrix, self._folder = inventory, imatrix, folder
         self._n_threads, self._on_progress = n_threads, on_progress
-        tokens = np.array(state.fitting_tokens, np.int32)
-        self._tokens = TokenSet.scored_from(0, "fitting", tokens, "")
-        facts = f"{state.provenance.model_sha256} {_DAMPING} {VERSION}".encode() + tokens.tobytes()
+        self._text = fitting_set(state.fitting_tokens)
+        facts = f"{state.provenance.model_sha256} {_DAMPING} {VERSION}".encode()
+        facts += self._text.tokens.tobytes()
         self._place = folder / f"feedback-{hashlib.sha256(facts).hexdigest()[:12]}"
         self._marks = artifacts.file_marks(inventory.files)
 
@@ -81,28 +88,25 @@ class Feedback:
         """
         inventory = self._inventory
         chosen = [t for t in inventory.quantizable if self._is_moved(t, types[t.name])]
+        if not chosen:
+            yield inventory
+            return
         with artifacts.lock(self._folder / ".feedback.lock"):
             self._collect({self._source(t): t.row_length for t in chosen})
-        kept = inventory.types
         floats = probing.scratch_types(inventory)
+        types_of_copy = inventory.types | {t.name: floats[t.name] for t in chosen}
         with (
-            probing.scratch_copy(
-                inventory,
-                self._folder,
-                self._n_threads,
-                kept | {t.name: floats[t.name] for t in chosen},
-            ) as path,
+            probing.scratch_copy(inventory, self._folder, self._n_threads, types_of_copy) as path,
             ThreadPoolExecutor(self._n_threads) as pool,
         ):
             copy = read_inventory(path)
             stored = np.memmap(path, np.uint8, "r+")
             for i, tensor in enumerate(chosen):
                 self._on_progress("moving weights against rounding", i, len(chosen))
-                self._move(
-                    tensor, lookup(types[tensor.name]), copy.by_name[tensor.name], stored, pool
-                )
+                rows = probing.float_rows(stored, copy.by_name[tensor.name])
+                self._move(tensor, lookup(types[tensor.name]), rows, pool)
             stored.flush()
-            del stored
+            del rows, stored
             artifacts.source_is_unchanged(inventory.files, self._marks)
             yield copy
 
@@ -120,18 +124,15 @@ class Feedback:
         self,
         tensor: Tensor,
         kind: QuantType,
-        copy: Tensor,
-        stored: npt.NDArray[np.uint8],
+        rows: npt.NDArray[np.floating],
         pool: ThreadPoolExecutor,
     ) -> None:
+        """Let `rows` hold the tensor as it is to be quantised."""
         factor = self._factor(tensor)
         if not factor.size:  # no product reads it
             return
         own = own_inverses(factor, kind.block_size)
         importance = self._imatrix.weights(tensor.name)
-        dtype = np.float16 if copy.qtype.name == "F16" else np.float32
-        raw = stored[copy.offset : copy.offset + copy.size_bytes]
-        rows = raw.view(dtype).reshape(-1, tensor.row_length)
 
         def move(first: int) -> None:
             part = slice(first, min(first + _ROWS_AT_ONCE, tensor.n_rows))
@@ -195,11 +196,12 @@ class Feedback:
                     found[name] = np.zeros((x.shape[1], x.shape[1]))
                 found[name] += x.T @ x
 
-        n = probing.sequences_at_once(self._tokens.n_ctx, model.n_vocab, self._tokens.n_chunks)
-        with model.context(self._tokens.n_ctx, n, self._n_threads, listen) as context:
-            for start in range(0, self._tokens.n_chunks, n):
-                self._on_progress("collecting second moments", start, self._tokens.n_chunks)
-                part = self._tokens.part(slice(start, start + n))
+        text = self._text
+        n = probing.sequences_at_once(text.n_ctx, model.n_vocab, text.n_chunks)
+        with model.context(text.n_ctx, n, self._n_threads, listen) as context:
+            for start in range(0, text.n_chunks, n):
+                self._on_progress("collecting second moments", start, text.n_chunks)
+                part = text.part(slice(start, start + n))
                 context.evaluate(part.tokens, part.positions)
         return found
 
@@ -207,7 +209,7 @@ class Feedback:
 def factor_of(moments: Doubles) -> Floats:
     """U, upper triangular, with U^T U the inverse of the damped second moments [n, n].
 
-    Works in the memory of `moments`. Raises EngineError where they are not finite.
+    Raises EngineError where they are not finite, or singular however they are damped.
     """
     from scipy.linalg import lapack
 
@@ -219,8 +221,7 @@ def factor_of(moments: Doubles) -> Floats:
         return np.zeros((0, 0), np.float32)
     damping = _DAMPING * float(np.median(used)) + 1e-6 * diagonal
     for _ in range(8):
-        # In place: a symmetric matrix in rows is one in columns.
-        a = np.array(moments, order="F")
+        a = np.array(moments, order="F")  # a copy, for another try; LAPACK works in it
         a[np.diag_indices(len(a))] += damping
         a, failed = lapack.dpotrf(a, lower=1, overwrite_a=1)
         if not failed:

@@ -17,7 +17,7 @@ import numpy as np
 
 from apreqel import artifacts, calibration, llama
 from apreqel.artifacts import Provenance
-from apreqel.errors import ArtifactError, EngineError
+from apreqel.errors import EngineError
 from apreqel.metrics import Estimate, Reference, estimate
 from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.qtypes import KV_TYPES, USUAL_CACHES, lookup
@@ -52,12 +52,10 @@ class KvSensitivity:
     def load(cls, path: Path, model_sha256: str) -> KvSensitivity:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "kv-cache", model_sha256)
-        try:
+        with artifacts.understood(f"{path}"):
             for cache in ("k", "v"):
                 data[cache] = {kind: Estimate(**row) for kind, row in data[cache].items()}
             return cls(provenance, **data)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
 
 
 def measure_kv(

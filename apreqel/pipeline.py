@@ -260,36 +260,8 @@ def trials_of(
     space: Workspace, state: Sensitivity, imatrix: Imatrix, *, feedback: bool = False
 ) -> Trials:
     """Whole maps as real files, on the part of the calibration text that is kept for them."""
-    return Trials(
-        space.inventory,
-        imatrix,
-        state,
-        space.folder,
-        space.n_threads,
-        space.on_progress,
-        feedback_of(
-            space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress
-        )
-        if feedback
-        else None,
-    )
-
-
-def feedback_of(
-    inventory: Inventory,
-    imatrix: Imatrix,
-    state: Sensitivity,
-    folder: Path,
-    n_threads: int,
-    on_progress: Progress,
-) -> Feedback:
-    """Raises ArtifactError where the text was not kept that it needs."""
-    if not state.fitting_tokens:
-        raise ArtifactError(
-            f"{folder / sensitivities.SENSITIVITY_FILE}: written before error feedback; for "
-            "--feedback run apreqel probe in another --workdir"
-        )
-    return Feedback(inventory, imatrix, state, folder, n_threads, on_progress)
+    measured = space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress
+    return Trials(*measured, Feedback(*measured) if feedback else None)
 
 
 def load_imatrix(space: Workspace) -> Imatrix:
@@ -387,8 +359,7 @@ def plan(
     `refine` exchanges around it are probed too, and a plan made from them is tried; None: where
     it has so few bits that tensors' damages interact.
     """
-    tried = trials_of(space, state, imatrix, feedback=request.feedback) if check else nullcontext()
-    with tried as trials:
+    with _trials_where(check, space, request, state, imatrix) as trials:
         return _plan(space, request, state, imatrix, device_profile, output, trials, refine)
 
 
@@ -423,6 +394,13 @@ def _plan(
             made = _refined(space, planner, made, trials, asked=bool(refine))
     _write_plan(made, path, space.inventory)
     return made, path
+
+
+def _trials_where(
+    check: bool, space: Workspace, request: PlanRequest, state: Sensitivity, imatrix: Imatrix
+) -> AbstractContextManager[Trials | None]:
+    """Where `check` asks for them, trials of plans made as requested."""
+    return trials_of(space, state, imatrix, feedback=request.feedback) if check else nullcontext()
 
 
 def _refined(
@@ -482,8 +460,7 @@ def ladder(
         space.inventory, state, request, records, device_profile, count, expert_use(space, request)
     )
     made = []
-    tried = trials_of(space, state, imatrix, feedback=request.feedback) if check else nullcontext()
-    with tried as trials:
+    with _trials_where(check, space, request, state, imatrix) as trials:
         for i, size in enumerate(sizes, 1):
             space.on_progress("planning", i - 1, count)
             step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
@@ -584,8 +561,7 @@ def _source(
         return nullcontext(inventory)
     path = folder / sensitivities.SENSITIVITY_FILE
     state = Sensitivity.load(path, made.provenance.model_sha256)
-    feedback = feedback_of(inventory, imatrix, state, folder, n_threads, on_progress)
-    return feedback.moved(made.types)
+    return Feedback(inventory, imatrix, state, folder, n_threads, on_progress).moved(made.types)
 
 
 def default_output(inventory: Inventory, folder: Path, prefer: str) -> Path:

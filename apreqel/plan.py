@@ -120,13 +120,11 @@ class PlanRequest:
 
 def request_from(settings: Mapping[str, Any]) -> PlanRequest:
     """A request as a plan recorded it. Raises ArtifactError."""
-    try:
+    with artifacts.understood("the plan's request", "plan again"):
         data = dict(settings)
         data["constraints"] = Constraints(**data["constraints"])
         data["workload"] = tuple(data["workload"])
         return PlanRequest(**data)
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"the plan's request is damaged ({error}); plan again") from error
 
 
 @dataclass(frozen=True)
@@ -216,7 +214,7 @@ class Plan:
     def load(cls, path: Path, model_sha256: str | None = None) -> Plan:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "plan", model_sha256)
-        try:
+        with artifacts.understood(f"{path}: plan", "plan again"):
             for name in ("speed", "speed_with_own_experts"):
                 if data.get(name):
                     data[name] = Speed(**{k: Range(**v) for k, v in data[name].items()})
@@ -231,8 +229,6 @@ class Plan:
                 TrialResult(**{**row, "kld": Estimate(**row["kld"])}) for row in data["trials"]
             ]
             return cls(provenance, **data)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: damaged plan ({error}); plan again") from error
 
 
 def output_metadata(imatrix: Imatrix) -> dict[str, str | int]:

@@ -157,6 +157,14 @@ def read_weights(
     return values
 
 
+def float_rows(copy: npt.NDArray[np.uint8], tensor: Tensor) -> npt.NDArray[np.floating]:
+    """A view of a tensor in a scratch copy's bytes, F16 or F32 [rows, row length]."""
+    raw = copy[tensor.offset : tensor.offset + tensor.size_bytes]
+    dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
+    rows: npt.NDArray[np.floating] = raw.view(dtype).reshape(-1, tensor.row_length)
+    return rows
+
+
 class ProbeBench:
     """A loaded scratch copy of a model, its weights by name, and comparison with the reference."""
 
@@ -188,11 +196,7 @@ class ProbeBench:
 
     def _stored(self, name: str) -> npt.NDArray[np.floating]:
         """The rows of a tensor in the scratch copy [rows, row length]."""
-        tensor = self._tensors[name]
-        raw = self._map[tensor.offset : tensor.offset + tensor.size_bytes]
-        dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
-        rows: npt.NDArray[np.floating] = raw.view(dtype).reshape(-1, tensor.row_length)
-        return rows
+        return float_rows(self._map, self._tensors[name])
 
     def _write(self, name: str, qtype: QuantType | None) -> None:
         """Let the scratch copy hold a tensor as it reads back from `qtype`; None: as it was."""

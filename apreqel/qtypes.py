@@ -39,10 +39,6 @@ class QuantType:
         return 8 * self.block_bytes / self.block_size
 
     @property
-    def is_float(self) -> bool:
-        return self.name in FLOAT_TYPES
-
-    @property
     def is_quantized(self) -> bool:
         return self.block_size > 1
 

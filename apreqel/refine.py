@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from apreqel import artifacts, llama, probing
-from apreqel.calibration import TokenSet
+from apreqel.calibration import probe_set
 from apreqel.damage import Exchange, expected_gain
 from apreqel.errors import ArtifactError
 from apreqel.metrics import estimate
 from apreqel.qtypes import lookup
 from apreqel.sensitivity import SENSITIVITY_FILE
-from apreqel.trial import map_key, provenance_of, same_source
+from apreqel.trial import map_key, measured_before, provenance_of
 
 if TYPE_CHECKING:
     from apreqel.plan import Plan, Planner, Solved
@@ -143,8 +143,7 @@ class _PlannedBench:
 @contextmanager
 def _planned_bench(planner: Planner, folder: Path, n_threads: int) -> Iterator[_PlannedBench]:
     inventory = planner.inventory
-    tokens = np.array(planner.sensitivity.probe_tokens, np.int32)[:_CHUNKS]
-    text = TokenSet.scored_from(tokens.shape[1] // 16, "probe", tokens, "")
+    text = probe_set(planner.sensitivity.probe_tokens[:_CHUNKS])
     with (
         probing.scratch_copy(inventory, folder, n_threads) as scratch,
         llama.LoadedModel(scratch, patchable=True) as model,
@@ -158,18 +157,13 @@ def read_exchanges(
 ) -> dict[str, dict[tuple[str, str, str], Exchange]]:
     """What was probed before, by the digest of the map around which. Raises ArtifactError."""
     path = folder / EXCHANGES_FILE
-    if not path.exists():
+    if (data := measured_before(path, "exchanges", state)) is None:
         return {}
-    provenance, data = artifacts.load(path, "exchanges", state.provenance.model_sha256)
-    if not same_source(provenance, state):
-        return {}
-    try:
+    with artifacts.understood(f"{path}"):
         return {
             key: {_pair(e): e for e in (Exchange(**row) for row in rows)}
             for key, rows in data["around"].items()
         }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
 
 
 def _save(

@@ -29,7 +29,7 @@ from apreqel.damage import (
     Probe,
     expected_gain,
 )
-from apreqel.errors import ArtifactError, CalibrationError, Interrupted, UsageError
+from apreqel.errors import CalibrationError, Interrupted, UsageError
 from apreqel.knapsack import Limit, solve
 from apreqel.probing import TensorErrors, first_type
 from apreqel.qtypes import QuantType, lookup
@@ -189,7 +189,7 @@ class Sensitivity:
     def load(cls, path: Path, model_sha256: str) -> Sensitivity:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "sensitivity", model_sha256)
-        try:
+        with artifacts.understood(f"{path}: sensitivity"):
             data["tensors"] = {
                 name: TensorSensitivity(
                     TensorErrors(**t["errors"]),
@@ -202,8 +202,6 @@ class Sensitivity:
             if data["coverage"]:
                 data["coverage"] = imatrices.Coverage(**data["coverage"])
             return cls(provenance, **data)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(f"{path}: damaged sensitivity data ({error}); delete it") from error
 
 
 _NOT_SAVED = {"provenance", "model", "metric", "knots", "exchanges"}

@@ -14,15 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apreqel import artifacts, llama
 from apreqel.artifacts import Provenance
-from apreqel.calibration import TokenSet
+from apreqel.calibration import TokenSet, check_set
 from apreqel.damage import Knot
-from apreqel.errors import ArtifactError, EngineError, UnsupportedModelError, VerificationError
+from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
 from apreqel.feedback import VERSION
 from apreqel.metrics import Comparison, Estimate, Reference, estimate, ratio_interval
 from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
@@ -164,8 +164,7 @@ class Trials(AbstractContextManager["Trials"]):
         self._feedback = feedback
         self._inventory, self._imatrix, self._folder = inventory, imatrix, folder
         self._n_threads, self._on_progress = n_threads, on_progress
-        tokens = np.array(state.check_tokens, np.int32)
-        self._tokens = TokenSet.scored_from(tokens.shape[1] // 2, "check", tokens, "")
+        self._tokens = check_set(state.check_tokens)
         self._provenance = provenance_of(state)
         self._known = read_trials(folder, state)
         self._stack = ExitStack()
@@ -236,18 +235,24 @@ class Trials(AbstractContextManager["Trials"]):
 def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
     """What was measured before in the same way. Raises ArtifactError."""
     path = folder / TRIALS_FILE
-    if not path.exists():
+    if (data := measured_before(path, "trials", state)) is None:
         return {}
-    provenance, data = artifacts.load(path, "trials", state.provenance.model_sha256)
-    if not same_source(provenance, state):
-        return {}  # on other text or with another imatrix: measured anew
-    try:
+    with artifacts.understood(f"{path}"):
         trials = [
             Trial(**{**row, "kld_by_chunk": tuple(row["kld_by_chunk"])}) for row in data["trials"]
         ]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: damaged ({error}); delete it") from error
     return {_trial_key(trial.types, trial.feedback): trial for trial in trials}
+
+
+def measured_before(path: Path, kind: str, state: Sensitivity) -> Mapping[str, Any] | None:
+    """An artifact of this sensitivity's text and imatrix; None where there is none, or of others.
+
+    Raises ArtifactError.
+    """
+    if not path.exists():
+        return None
+    provenance, data = artifacts.load(path, kind, state.provenance.model_sha256)
+    return data if _same_source(provenance, state) else None
 
 
 def _trial_key(types: Mapping[str, str], feedback: int) -> str:
@@ -269,7 +274,7 @@ def provenance_of(state: Sensitivity) -> Provenance:
     return Provenance(measured.model_sha256, measured.llama_build, settings=settings)
 
 
-def same_source(provenance: Provenance, state: Sensitivity) -> bool:
+def _same_source(provenance: Provenance, state: Sensitivity) -> bool:
     """Whether it is `provenance_of` this sensitivity, whichever version wrote it."""
     wanted = provenance_of(state)
     return replace(provenance, apreqel_version="") == replace(wanted, apreqel_version="")

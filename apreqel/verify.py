@@ -17,7 +17,7 @@ import numpy as np
 from apreqel import artifacts, calibration, llama
 from apreqel.artifacts import Provenance
 from apreqel.calibration import Text
-from apreqel.errors import ArtifactError, UnsupportedModelError, VerificationError
+from apreqel.errors import UnsupportedModelError, VerificationError
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.metrics import Comparison, Estimate, estimate, ratio_interval
 from apreqel.timing import time_file
@@ -122,15 +122,13 @@ class VerificationReport:
     def load(cls, path: Path) -> VerificationReport:
         """Raises ArtifactError."""
         provenance, data = artifacts.load(path, "verification")
-        try:
+        with artifacts.understood(f"{path}: report", "verify again"):
             data["files"] = [_loaded(row) for row in data["files"]]
             data["versus"] = [
                 Versus(**{**row, "kld_ratio_interval": tuple(row["kld_ratio_interval"])})
                 for row in data["versus"]
             ]
             return cls(provenance, **data)
-        except (KeyError, TypeError) as error:
-            raise ArtifactError(f"{path}: damaged report ({error}); verify again") from error
 
 
 def _loaded(row: dict[str, Any]) -> Measured:

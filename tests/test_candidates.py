@@ -186,7 +186,7 @@ def test_exchanges_start_from_the_plan(measured: Measured) -> None:
     inventory, folder, state = measured
     kinds = {t.name: lookup("Q4_0") for t in inventory.quantizable}
     tokens = np.array(state.probe_tokens, np.int32)
-    text = calibration.TokenSet.scored_from(4, "probe", tokens, "")
+    text = calibration.TokenSet.scored_from(4, "probe", tokens)
     with (
         probing.scratch_copy(inventory, folder, 2) as scratch,
         llama.LoadedModel(scratch, patchable=True) as model,

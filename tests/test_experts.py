@@ -109,7 +109,7 @@ def test_counts_are_kept_and_not_measured_twice(
     document = json.loads(path.read_text())
     document["data"]["kld_by_count"]["3"] = {"mean": 1.0}
     path.write_text(json.dumps(document))
-    with pytest.raises(ArtifactError, match=r"experts\.json: damaged"):
+    with pytest.raises(ArtifactError, match=r"experts\.json is damaged"):
         measured(inventory, tmp_path, 3)
 
 

@@ -288,7 +288,7 @@ def test_imatrix_equals_sums_taken_from_numpy(tmp_path: Path) -> None:
     reader = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     collector = imatrix.ImatrixCollector(imatrix.n_matrices(inventory))
     tokens = np.arange(128, dtype=np.int32).reshape(2, 64) % 250
-    token_set = calibration.TokenSet.scored_from(0, "t", tokens, "")
+    token_set = calibration.TokenSet.scored_from(0, "t", tokens)
     with llama.LoadedModel(path) as model, model.context(64, 1, 2, collector) as context:
         collected = imatrix.collect(context, collector, token_set)
     x = reader["token_embd.weight"].reshape(-1, 256)[tokens.reshape(-1)].astype(np.float64)
@@ -488,7 +488,7 @@ def test_plan_file_round_trip(probed: tuple[Inventory, Path, Sensitivity], tmp_p
     for change, reason in (
         ({"schema_version": 99}, "schema_version 99"),
         ({"kind": "apreqel sensitivity"}, "field kind"),
-        ({"data": {"types": {}}}, "damaged plan"),
+        ({"data": {"types": {}}}, "plan is damaged"),
     ):
         (tmp_path / "bad.json").write_text(json.dumps(document | change))
         with pytest.raises(ArtifactError, match=reason):

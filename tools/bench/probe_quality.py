@@ -56,7 +56,7 @@ def main() -> None:
             if args.text is not None:
                 chunks = calibration.chunks_of(model, [calibration.read_text(args.text)], 64)
                 chunks = chunks[calibration.spread(len(chunks), 32)]
-                tokens = TokenSet.scored_from(4, args.text.name, chunks, "")
+                tokens = TokenSet.scored_from(4, args.text.name, chunks)
             with probing.opened_bench(
                 space.inventory, scratch, model, tokens, imatrix, space.n_threads
             ) as bench:
