@@ -262,9 +262,10 @@ def profile_json(profile: DeviceProfile, inventory: Inventory) -> dict[str, Any]
 
 def _show_device(profile: DeviceProfile) -> None:
     device = profile.device
+    gpu = f"all layers on {device.gpu}; " if device.gpu else ""
     _print(
         f"{profile.name}: {device.cpu}, {device.usable_cores} usable cores, "
-        f"{size(device.memory_bytes)} memory, {device.system}; {profile.n_threads} threads; "
+        f"{size(device.memory_bytes)} memory, {device.system}; {profile.n_threads} threads; {gpu}"
         f"fingerprint {profile.fingerprint}"
     )
     if profile.thread_seconds:

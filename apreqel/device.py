@@ -24,6 +24,8 @@ _BUSY_SHARE = 0.10
 _CLOCK_SHARE = 0.85
 # vcgencmd get_throttled: under-voltage, frequency capped, throttled, soft temperature limit: now.
 _PI_THROTTLED_NOW = 0xF
+# Below this a zone's trip point is not one of a processor, or not set at all.
+_LEAST_TRIP_CELSIUS = 50.0
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Device:
     governor: str | None
     max_mhz: float | None
     cluster_cores: Sequence[int] = ()  # cores of each kind, fastest first; one entry on most
+    gpu: str = ""  # on which llama.cpp runs all layers; '' for the CPU
 
     def fingerprint(self, llama_build: str) -> str:
         """What a timing depends on, as 16 hex digits: not the memory that happens to be free.
@@ -49,12 +52,14 @@ class Device:
         """
         facts = asdict(self) | {"system": self.system.split()[0]}
         del facts["available_bytes"], facts["memory_bytes"]
+        if not self.gpu:
+            del facts["gpu"]
         text = json.dumps([facts, llama_build], sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def detect() -> Device:
-    """Look at the machine. Missing files and commands leave fields unknown."""
+    """Look at the machine, but for its GPU. Missing files and commands leave fields unknown."""
     import psutil
 
     memory = psutil.virtual_memory()
@@ -112,10 +117,9 @@ def clusters(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[list[int]]:
         return [list(range(usable_cores()))]
     by_speed: dict[int, list[int]] = {}
     for core in sorted(os.sched_getaffinity(0)):
-        stated = _read(str(sysfs / f"cpu{core}/cpu_capacity")) or _read(
-            str(sysfs / f"cpu{core}/cpufreq/cpuinfo_max_freq")
-        )
-        by_speed.setdefault(int(stated) if stated and stated.isdigit() else 0, []).append(core)
+        folder = sysfs / f"cpu{core}"
+        stated = _integer(folder / "cpu_capacity") or _integer(folder / "cpufreq/cpuinfo_max_freq")
+        by_speed.setdefault(stated or 0, []).append(core)
     # Boost clocks of one kind differ by a few percent from core to core.
     kinds: list[tuple[int, list[int]]] = []
     for speed, cores in sorted(by_speed.items(), reverse=True):
@@ -153,6 +157,7 @@ class _Load:
     own: float
     page_ins: int
     swapped: int
+    throttled: int = 0  # times the processor was, where it counts them
 
     @staticmethod
     def now() -> _Load:
@@ -162,7 +167,12 @@ class _Load:
         idle = cpu.idle + getattr(cpu, "iowait", 0.0)
         everything = sum(cpu) - getattr(cpu, "guest", 0.0) - getattr(cpu, "guest_nice", 0.0)
         return _Load(
-            time.monotonic(), everything - idle, own.user + own.system, _major_faults(), swap
+            time.monotonic(),
+            everything - idle,
+            own.user + own.system,
+            _major_faults(),
+            swap,
+            times_throttled(),
         )
 
 
@@ -177,7 +187,7 @@ class Watch:
 
     def __exit__(self, *_: object) -> None:
         self.reasons = tuple(doubts(self._before, _Load.now(), usable_cores()))
-        if clock_is_throttled():
+        if "throttled" not in self.reasons and is_throttled():
             self.reasons += ("throttled",)
 
 
@@ -192,10 +202,18 @@ def doubts(before: _Load, after: _Load, n_cores: int) -> Iterator[str]:
         yield "paging"
     if after.swapped > before.swapped:
         yield "swapping"
+    if after.throttled > before.throttled:
+        yield "throttled"
 
 
-def clock_is_throttled(root: Path = Path("/sys")) -> bool:
-    """Whether the processor says that it is held back by heat or power right now."""
+def times_throttled(root: Path = Path("/sys")) -> int:
+    """How often the processor was held back by heat since it started, where it counts that."""
+    counts = (root / "devices/system/cpu").glob("cpu*/thermal_throttle/*_throttle_count")
+    return sum(_integer(path) or 0 for path in counts)
+
+
+def is_throttled(root: Path = Path("/sys")) -> bool:
+    """Whether the system says that the processor is held back by heat or power right now."""
     pi = _read(str(root / "devices/platform/soc/soc:firmware/get_throttled"))
     if pi is not None:
         try:
@@ -203,16 +221,23 @@ def clock_is_throttled(root: Path = Path("/sys")) -> bool:
         except ValueError:
             return False
     cpu = root / "devices/system/cpu/cpu0/cpufreq"
-    limit, usual = _read(str(cpu / "scaling_max_freq")), _read(str(cpu / "cpuinfo_max_freq"))
-    if limit and usual and limit.isdigit() and usual.isdigit():
-        return int(limit) < _CLOCK_SHARE * int(usual)
-    return False
+    limit, usual = _integer(cpu / "scaling_max_freq"), _integer(cpu / "cpuinfo_max_freq")
+    if limit and usual and limit < _CLOCK_SHARE * usual:
+        return True
+    return any(map(_is_too_hot, (root / "class/thermal").glob("thermal_zone*")))
 
 
-def hottest_celsius(root: Path = Path("/sys")) -> float | None:
-    """The highest temperature that the system reports; None where it reports none."""
-    found = [_read(str(p)) for p in (root / "class/thermal").glob("thermal_zone*/temp")]
-    return max((int(t) / 1000 for t in found if t and t.lstrip("-").isdigit()), default=None)
+def _is_too_hot(zone: Path) -> bool:
+    """Whether a zone is as hot as where Linux starts to slow what heats it (its passive trip)."""
+    now = _integer(zone / "temp")
+    trips = [
+        _integer(kind.with_name(kind.name.replace("_type", "_temp")))
+        for kind in zone.glob("trip_point_*_type")
+        if _read(str(kind)) == "passive"
+    ]
+    return now is not None and any(
+        trip is not None and now >= trip >= 1000 * _LEAST_TRIP_CELSIUS for trip in trips
+    )
 
 
 def _major_faults() -> int:
@@ -236,6 +261,11 @@ def _read(path: str) -> str | None:
         return Path(path).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
         return None
+
+
+def _integer(path: Path) -> int | None:
+    text = _read(str(path)) or ""
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
 
 
 def _cpu_name() -> str:
@@ -273,5 +303,5 @@ def _last_level_cache() -> int | None:
 
 
 def _max_mhz() -> float | None:
-    khz = _read("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq")
-    return int(khz) / 1000 if khz and khz.isdigit() else None
+    khz = _integer(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"))
+    return khz / 1000 if khz else None

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apreqel import artifacts, calibration, candidates, kv_cache, llama, quantize, recipes, timing
+from apreqel import artifacts, calibration, candidates, kv_cache, quantize, recipes, timing
 from apreqel import compare as comparing
 from apreqel import front as fronts
 from apreqel import imatrix as imatrices
@@ -25,7 +25,7 @@ from apreqel import sensitivity as sensitivities
 from apreqel import trial as trying
 from apreqel import verify as verification
 from apreqel.calibration import Text
-from apreqel.device import default_threads, detect
+from apreqel.device import default_threads
 from apreqel.errors import (
     ApreqelError,
     ArtifactError,
@@ -118,7 +118,7 @@ def tuned_profile() -> DeviceProfile | None:
     """The stored profile of this device whose number of threads was tuned, not given."""
     if not any(profiling.store_folder().glob("*.json")):
         return None
-    fingerprint = detect().fingerprint(llama.build_info())
+    _, fingerprint = profiling.this_device()
     for path in sorted(profiling.store_folder().glob(f"*-{fingerprint[:6]}.json")):
         found = DeviceProfile.load(path)
         if found.fingerprint == fingerprint and found.thread_seconds:
@@ -214,8 +214,7 @@ def import_profile(path: Path) -> tuple[str, Path]:
 
 def stored_profile(n_threads: int) -> DeviceProfile | None:
     """What was measured on this very device with so many threads."""
-    device = detect()
-    fingerprint = device.fingerprint(llama.build_info())
+    device, fingerprint = profiling.this_device()
     path = profiling.stored_path(profiling.default_name(device, n_threads, fingerprint))
     if not path.exists():
         return None

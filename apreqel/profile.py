@@ -24,10 +24,10 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from apreqel import artifacts
+from apreqel import artifacts, llama
 from apreqel.artifacts import Provenance
-from apreqel.device import Device
-from apreqel.errors import ArtifactError, UsageError, printable
+from apreqel.device import Device, detect
+from apreqel.errors import UsageError, printable
 from apreqel.llama.kernels import HeadShape, MatrixShape
 from apreqel.qtypes import KV_TYPES, USUAL_CACHES, lookup
 
@@ -339,7 +339,7 @@ class DeviceProfile:
     def load(cls, path: Path) -> DeviceProfile:
         """Raises ArtifactError naming the field that is damaged."""
         provenance, data = artifacts.load(path, "device-profile")
-        try:
+        with artifacts.understood(f"{path}: device profile", "measure again with apreqel profile"):
             data["device"] = Device(**data["device"])
             data.setdefault("attention", {})  # profiles of apreqel before it was timed
             for name in ("kernels", "attention"):
@@ -359,11 +359,6 @@ class DeviceProfile:
                         if not (isinstance(seconds, float) and 0 < seconds < math.inf):
                             raise ValueError(f"kernels.{kind}.{key}: {seconds!r} seconds")
             return loaded
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ArtifactError(
-                f"{path}: damaged device profile ({printable(str(error))}); measure again with "
-                "apreqel profile"
-            ) from error
 
 
 def _kernel_from(data: dict[str, Any]) -> Kernel:
@@ -520,10 +515,17 @@ def stored_path(name: str) -> Path:
     return store_folder() / f"{name}.json"
 
 
+def this_device() -> tuple[Device, str]:
+    """(the device that runs this, its fingerprint with the llama.cpp that is installed)."""
+    device = replace(detect(), gpu=llama.gpu_name())
+    return device, device.fingerprint(llama.build_info())
+
+
 def default_name(device: Device, n_threads: int, fingerprint: str) -> str:
     """'amd-epyc-2t-1a2b3c': what is typed after --device."""
-    cpu = re.sub(r"\(.*?\)|@.*|\bcpu\b|processor", " ", device.cpu.lower())
-    words = re.sub(r"[^a-z0-9]+", "-", cpu).strip("-")[:40].strip("-")
+    chip = (device.gpu or device.cpu).lower()
+    named = re.sub(r"\(.*?\)|@.*|\bcpu\b|processor", " ", chip)
+    words = re.sub(r"[^a-z0-9]+", "-", named).strip("-")[:40].strip("-")
     return f"{words or 'device'}-{n_threads}t-{fingerprint[:6]}"
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from apreqel import __version__, llama
 from apreqel.artifacts import Provenance
-from apreqel.device import Device, Watch, default_threads, detect, pinned, usable_cores
+from apreqel.device import Device, Watch, default_threads, pinned, usable_cores
 from apreqel.errors import EngineError
 from apreqel.gguf_header import ARRAY, STRING, UINT32, TensorRecord, encode_header, encode_kv
 from apreqel.inventory import read_inventory
@@ -42,6 +42,7 @@ from apreqel.profile import (
     shapes_of,
     share_of,
     signature,
+    this_device,
     timed_caches,
 )
 from apreqel.qtypes import lookup, registry
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
 # Accepted at this coefficient of variation; otherwise measured in further rounds, then flagged.
 _ACCEPTED_VARIATION = 0.03
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 8
+# Further rounds for unsteady readings are over by then: where a machine is always noisy (here 90 of
+# 90 readings were above 3% after eight rounds) flags serve better than minutes.
+_FURTHER_ROUNDS_SECONDS = 190.0
 _ROUNDS_OF_RUNS_ALONE = 3  # where all products are known, for a model's overhead
 # Through all shapes of a type within one reading, which is the median.
 _DECODE_CYCLES, _PREFILL_CYCLES = 7, 3
@@ -158,16 +162,15 @@ def measure_profile(
     tunes their number. `also` names files to be run in the same rounds; their median runs are put
     into `real_runs`. Raises EngineError.
     """
-    device, build = detect(), llama.build_info()
+    device, fingerprint = this_device()
     with tempfile.TemporaryDirectory(prefix="profile-", dir=folder) as name:
         place = Path(name)
         model = inventory or standard_model(place / "standard.gguf")
         threads_seconds: dict[str, Sequence[float]] = {}
         if n_threads is None:
             n_threads, threads_seconds = tune_threads(model, place, on_progress)
-        fingerprint = device.fingerprint(build)
         empty = DeviceProfile(
-            Provenance("", build, fingerprint, {"n_prompt": _PROMPT_TOKENS}),
+            Provenance("", llama.build_info(), fingerprint, {"n_prompt": _PROMPT_TOKENS}),
             default_name(device, n_threads, fingerprint),
             device,
             fingerprint,
@@ -209,7 +212,8 @@ class _Run:
         missing = self._missing(known, types)
         everything, started = dict(missing), time.monotonic()
         for i in range(_MOST_ROUNDS):
-            self.on_progress(f"timing, round {i + 1}", i, _LEAST_ROUNDS)
+            began = time.monotonic()
+            self.on_progress(f"timing, round {i + 1}", i, max(_LEAST_ROUNDS, i + 1))
             self.decode.start()
             self.prefill.start()
             self._round(missing)
@@ -219,8 +223,8 @@ class _Run:
             for label, path in {**self.anchors, **self.also}.items():
                 self._real_run(label, path)
             if i + 1 >= (_LEAST_ROUNDS if everything else _ROUNDS_OF_RUNS_ALONE):
-                missing = self._unsteady(missing)
-                if not missing:
+                missing, now = self._unsteady(missing), time.monotonic()
+                if not missing or (now - started) + (now - began) > _FURTHER_ROUNDS_SECONDS:
                     break
         self.on_progress("timing", 1, 1)
         profile = self._with_kernels(known, everything)

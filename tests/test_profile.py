@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -273,6 +274,22 @@ def test_what_a_whole_round_was_slower_is_divided_out() -> None:
 # --- the machine ---------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/maps")
+def test_there_is_one_ggml_only() -> None:
+    """A wheel holds each library several times; a second one would not know llama.cpp's devices."""
+    with KernelBench(1):
+        paths = {line.split()[-1] for line in open("/proc/self/maps") if "libggml" in line}
+    names = [Path(path).name.split(".")[0] for path in paths]
+    assert {"libggml", "libggml-base"} <= set(names) and len(names) == len(set(names))
+
+
+def test_a_gpu_is_part_of_the_fingerprint() -> None:
+    here = device.detect()
+    with_gpu = replace(here, gpu="GeForce GT 710")
+    assert here.gpu == "" and with_gpu.fingerprint("build") != here.fingerprint("build")
+    assert profile.default_name(with_gpu, 2, "1a2b3c4d") == "geforce-gt-710-2t-1a2b3c"
+
+
 def test_what_disturbs_a_reading_is_named() -> None:
     quiet = device._Load(0.0, 0.0, 0.0, 0, 0)
     assert not list(doubts(quiet, replace(quiet, wall=1.0, busy=2.0, own=2.0), 2))
@@ -280,23 +297,45 @@ def test_what_disturbs_a_reading_is_named() -> None:
     assert list(doubts(quiet, loaded, 2)) == ["busy neighbours"]
     paged = replace(quiet, wall=0.1, page_ins=3, swapped=1)
     assert list(doubts(quiet, paged, 2)) == ["paging", "swapping"]
+    assert list(doubts(quiet, replace(quiet, throttled=1), 2)) == ["throttled"]
 
 
 def test_throttling_is_read_from_the_system(tmp_path: Path) -> None:
-    assert not device.clock_is_throttled(tmp_path)
+    assert not device.is_throttled(tmp_path)
     cpu = tmp_path / "devices/system/cpu/cpu0/cpufreq"
     cpu.mkdir(parents=True)
     (cpu / "cpuinfo_max_freq").write_text("2400000\n")
     (cpu / "scaling_max_freq").write_text("2400000\n")
-    assert not device.clock_is_throttled(tmp_path)
+    assert not device.is_throttled(tmp_path)
     (cpu / "scaling_max_freq").write_text("1200000\n")
-    assert device.clock_is_throttled(tmp_path)
+    assert device.is_throttled(tmp_path)
     pi = tmp_path / "devices/platform/soc/soc:firmware"
     pi.mkdir(parents=True)
     (pi / "get_throttled").write_text("50000\n")  # it was, but is not now
-    assert not device.clock_is_throttled(tmp_path)
+    assert not device.is_throttled(tmp_path)
     (pi / "get_throttled").write_text("50005\n")
-    assert device.clock_is_throttled(tmp_path)
+    assert device.is_throttled(tmp_path)
+
+
+def test_a_processor_that_is_too_hot_is_throttled(tmp_path: Path) -> None:
+    zone = tmp_path / "class/thermal/thermal_zone0"
+    zone.mkdir(parents=True)
+    trips = {0: ("passive", -274000), 1: ("passive", 85000), 2: ("critical", 95000)}
+    for i, (kind, at) in trips.items():
+        (zone / f"trip_point_{i}_type").write_text(f"{kind}\n")
+        (zone / f"trip_point_{i}_temp").write_text(f"{at}\n")
+    for millidegrees, expected in (("84999", False), ("85000", True), ("", False)):
+        (zone / "temp").write_text(millidegrees)
+        assert device.is_throttled(tmp_path) == expected
+
+
+def test_times_throttled_are_counted(tmp_path: Path) -> None:
+    assert device.times_throttled(tmp_path) == 0
+    for core in range(2):
+        folder = tmp_path / f"devices/system/cpu/cpu{core}/thermal_throttle"
+        folder.mkdir(parents=True)
+        (folder / "core_throttle_count").write_text("3\n")
+    assert device.times_throttled(tmp_path) == 6
 
 
 def test_cores_of_two_kinds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

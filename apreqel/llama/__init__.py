@@ -91,11 +91,19 @@ def library() -> Any:
     return llama_cpp
 
 
+def ggml() -> ctypes.CDLL:
+    """The ggml that the loaded llama.cpp itself uses, found through what libllama links.
+
+    Never by its file: a wheel holds each library several times (libggml.so, libggml.so.0, ...), and
+    another of these would be a second ggml, with a list of devices of its own.
+    """
+    return ctypes.CDLL(library()._lib._name)
+
+
 @lru_cache(maxsize=1)
 def _ggml() -> ctypes.CDLL:
-    """libggml-base, with the prototypes this module calls."""
-    library()
-    base = ctypes.CDLL(str(ggml_base_path()))
+    """ggml with the prototypes this module calls."""
+    base = ggml()
     base.ggml_quantize_chunk.argtypes = [
         ctypes.c_int,
         ctypes.c_void_p,
@@ -113,6 +121,10 @@ def _ggml() -> ctypes.CDLL:
     base.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     base.ggml_backend_buffer_is_host.argtypes = [ctypes.c_void_p]
     base.ggml_backend_buffer_is_host.restype = ctypes.c_bool
+    base.ggml_backend_dev_by_type.argtypes = [ctypes.c_int]
+    base.ggml_backend_dev_by_type.restype = ctypes.c_void_p
+    base.ggml_backend_dev_description.argtypes = [ctypes.c_void_p]
+    base.ggml_backend_dev_description.restype = ctypes.c_char_p
     base.ggml_backend_tensor_get.argtypes = [
         ctypes.c_void_p,
         ctypes.c_void_p,
@@ -190,9 +202,12 @@ _ALL_LAYERS = 999
 _FLASH_ATTENTION_ON = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
 
 
-def has_gpu() -> bool:
-    """Whether llama-cpp-python was built for a GPU that is there."""
-    return bool(library().llama_supports_gpu_offload())
+def gpu_name() -> str:
+    """The GPU that llama.cpp puts layers on; '' where it was built for none, or none is there."""
+    for kind in GPU_DEVICES:
+        if device := _ggml().ggml_backend_dev_by_type(kind):
+            return str(_ggml().ggml_backend_dev_description(device).decode("utf-8", "replace"))
+    return ""
 
 
 # --- quant types in ggml -------------------------------------------------------------------------
@@ -290,7 +305,7 @@ class LoadedModel:
         reach the next evaluation. `offload` puts all layers on a GPU where this build has one.
         `overrides` are integers of the metadata to take instead of the file's, by key.
         """
-        self.path, self.on_gpu = path, offload and has_gpu()
+        self.path, self.on_gpu = path, offload and bool(gpu_name())
         c = library()
         _log.clear()
         params = c.llama_model_default_params()

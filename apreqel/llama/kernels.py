@@ -108,11 +108,8 @@ class _InitParams(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _ggml() -> Any:
-    """libggml (device registry) and libggml-base through one handle, with prototypes."""
-    llama.library()
-    base_path = llama.ggml_base_path()
-    base = ctypes.CDLL(str(base_path))
-    registry = ctypes.CDLL(str(base_path.with_name(base_path.name.replace("ggml-base", "ggml"))))
+    """ggml with the prototypes this module calls."""
+    ggml = llama.ggml()
     pointer, size, number = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64
     prototypes: dict[str, tuple[Any, list[Any]]] = {
         "ggml_init": (pointer, [_InitParams]),
@@ -154,9 +151,11 @@ def _ggml() -> Any:
     calls: Any = Calls()
     for name, (result, arguments) in prototypes.items():
         try:
-            function = getattr(base, name, None) or getattr(registry, name)
+            function = getattr(ggml, name)
         except AttributeError as error:
-            raise EngineError(f"{base_path}: has no {name}; update llama-cpp-python") from error
+            raise EngineError(
+                f"{llama.ggml_base_path()}: has no {name}; update llama-cpp-python"
+            ) from error
         function.restype, function.argtypes = result, arguments
         setattr(calls, name, function)
     return calls
