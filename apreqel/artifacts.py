@@ -32,6 +32,7 @@ SCHEMA_VERSIONS = {
     "kv-cache": 1,
     "trials": 1,
     "exchanges": 1,
+    "feedback-gains": 1,
     "experts": 1,
 }
 

@@ -149,12 +149,9 @@ def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Sol
         try:
             solved = planner.solve(ease)
         except InfeasiblePlanError:
-            if found:
-                break
-            if target is None or not request.feedback or ease > 2:
+            if not found:
                 raise
-            ease *= 1.4  # what it lacks feedback may bring: files decide
-            continue
+            break
         made = planner.plan(solved)
         trial = trials.measure("plan", made.types)
         loss = trial.kld.mean + made.beside_nats

@@ -528,8 +528,6 @@ def _check_together(wishes: Mapping[str, Any]) -> None:
         raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
     if metric != "kld" and wishes["max_kld"] is not None:
         raise UsageError("--max-kld limits KL divergence; with --metric perplexity leave it out")
-    if wishes["feedback"] and wishes["front"]:
-        raise UsageError("--front shows predictions, which are without --feedback; leave it out")
     many = wishes["front"] or wishes["ladder"]
     if wishes["refine"] and (wishes["unchecked"] or many or metric != "kld"):
         raise UsageError(

@@ -379,6 +379,8 @@ def show_sensitivity(state: Sensitivity, count: int = 12) -> None:
     if correlations:
         _print(f"rank correlation with KL divergence: {correlations}")
     for knot in state.knots:
+        if knot.feedback:
+            continue  # what it gives is known to plans that ask for it
         raw = state.model.raw_total(knot.types)
         _print(
             f"a plan as a real file: {knot.kld.mean:.5f} nats; its tensors' damages sum to "

@@ -3,14 +3,15 @@
 A probe measures the damage of one (tensor, type) pair. Others follow from damage = a e(t), with
 e(t) the relative output error: log a is a Gaussian process over the types of a tensor, whose mean
 comes from the same role in neighbouring layers (Rasmussen & Williams 2006, 2.2). Kernels that
-round activations add their part. Totals of whole maps are set right by real files.
+round activations add their part. Error feedback takes its part off. Totals of whole maps are set
+right by real files.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -106,14 +107,19 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Knot:
-    """A whole map that was measured as a real file."""
+    """A whole map that was measured as a real file, written with error feedback or without."""
 
     types: Mapping[str, str]
     kld: Estimate
+    feedback: bool = False
 
 
 class DamageModel:
-    """Damage of every (tensor, type) pair, of whole maps, and their intervals."""
+    """Damage of every (tensor, type) pair, of whole maps, and their intervals.
+
+    With `gains`, of files written with error feedback: by tensor and type the output error with it
+    over that without. `feedback=False` asks for files without it all the same.
+    """
 
     def __init__(
         self,
@@ -124,8 +130,9 @@ class DamageModel:
         knots: Sequence[Knot] = (),
         exchanges: Sequence[Exchange] = (),
         metric: str = "kld",
+        gains: Mapping[str, Mapping[str, float]] | None = None,
     ) -> None:
-        self.errors, self._metric = errors, metric
+        self.errors, self._metric, self._gains = errors, metric, gains or {}
         self._places = places
         self._probes = {
             name: {t: p.estimate(metric) for t, p in known.items()}
@@ -137,28 +144,39 @@ class DamageModel:
         }
         self._posteriors: dict[str, dict[str, tuple[float, float]]] = {}
         self._kernel_factors = self._measured_kernel_factors(kernels or {})
-        self._tables: dict[str, dict[str, Damage]] = {}
+        self._tables: dict[tuple[str, bool], dict[str, Damage]] = {}
         self._exchanges = exchanges if metric == "kld" else ()
-        self._knots = knots if metric == "kld" else ()  # real files tell KLD
+        real = knots if metric == "kld" else ()  # real files tell KLD
+        self._knots = [k for k in real if self._gains or not k.feedback]
 
     # -- single tensors --
 
-    def damage(self, name: str, type_name: str) -> Damage:
+    def damage(self, name: str, type_name: str, feedback: bool = True) -> Damage:
         """Of this tensor alone in this type, kernels included. 0 for a type that was not
         measured: the tensor's own."""
-        return self.table(name).get(type_name, Damage(0.0, 0.0, True))
+        return self.table(name, feedback).get(type_name, Damage(0.0, 0.0, True))
 
-    def table(self, name: str) -> dict[str, Damage]:
+    def table(self, name: str, feedback: bool = True) -> dict[str, Damage]:
         """`damage` of all measured types of a tensor."""
-        if name not in self._tables:
-            posterior = self._posterior(name)
-            self._tables[name] = {
-                t: self._with_kernel(name, t, posterior) for t in self.errors[name].weights
-            }
-            for exchange in self._exchanges:
-                if exchange.tensor == name:
-                    self._exchange(self._tables[name], exchange)
-        return self._tables[name]
+        if (name, feedback) not in self._tables:
+            if feedback:
+                made = {
+                    t: self._with_feedback(name, t, d) for t, d in self.table(name, False).items()
+                }
+            else:
+                posterior = self._posterior(name)
+                made = {t: self._with_kernel(name, t, posterior) for t in self.errors[name].weights}
+                for exchange in self._exchanges:
+                    if exchange.tensor == name:
+                        self._exchange(made, exchange)
+            self._tables[name, feedback] = made
+        return self._tables[name, feedback]
+
+    def _with_feedback(self, name: str, type_name: str, damage: Damage) -> Damage:
+        """Of weights that are moved against rounding; what kernels lose stays."""
+        gain = self._gains.get(name, {}).get(type_name, 1.0)
+        kernel = min(damage.nats, self._kernel_part(name, type_name))
+        return replace(damage, nats=kernel + gain * (damage.nats - kernel))
 
     def _exchange(self, table: dict[str, Damage], exchange: Exchange) -> None:
         """Take in what an exchange showed: its difference and the model's, by their precision."""
@@ -178,11 +196,14 @@ class DamageModel:
     def _with_kernel(
         self, name: str, type_name: str, posterior: Mapping[str, tuple[float, float]]
     ) -> Damage:
-        errors, kind = self.errors[name], lookup(type_name).activation
         log_a, deviation = posterior[type_name]
-        weights = errors.weights[type_name] * math.exp(log_a)
-        kernel = self._kernel_factors.get(kind, 1.0) * self._kernel_loss(name, kind)
+        weights = self.errors[name].weights[type_name] * math.exp(log_a)
+        kernel = self._kernel_part(name, type_name)
         return Damage(weights + kernel, deviation, type_name in self._probes.get(name, {}))
+
+    def _kernel_part(self, name: str, type_name: str) -> float:
+        kind = lookup(type_name).activation
+        return self._kernel_factors.get(kind, 1.0) * self._kernel_loss(name, kind)
 
     def _kernel_loss(self, name: str, kind: str) -> float:
         """What rounding its activations to `kind` does to a tensor's share, before scaling."""
@@ -294,13 +315,13 @@ class DamageModel:
 
     # -- whole maps --
 
-    def raw_total(self, types: Mapping[str, str]) -> float:
+    def raw_total(self, types: Mapping[str, str], feedback: bool = True) -> float:
         """The sum of the damages of a map's tensors: what the solver adds up."""
-        return sum(self.damage(name, types.get(name, "")).nats for name in self.errors)
+        return sum(self.damage(name, types.get(name, ""), feedback).nats for name in self.errors)
 
-    def total(self, types: Mapping[str, str]) -> Damage:
+    def total(self, types: Mapping[str, str], feedback: bool = True) -> Damage:
         """What a real file with this map should measure, with its uncertainty."""
-        parts = [self.damage(name, types.get(name, "")) for name in self.errors]
+        parts = [self.damage(name, types.get(name, ""), feedback) for name in self.errors]
         raw = sum(p.nats for p in parts)
         if raw <= 0:
             return Damage(0.0, 0.0)
@@ -313,7 +334,7 @@ class DamageModel:
         known = sorted(
             (math.log(raw), math.log(k.kld.mean / raw))
             for k in self._knots
-            if k.kld.mean > 0 and (raw := self.raw_total(k.types)) > 0
+            if k.kld.mean > 0 and (raw := self.raw_total(k.types, k.feedback)) > 0
         )
         if not known:
             return np.zeros(1), np.zeros(1)
@@ -335,7 +356,7 @@ class DamageModel:
         residuals = [
             math.log(k.kld.mean) - math.log(raw) - float(np.interp(math.log(raw), x, y))
             for k in self._knots
-            if k.kld.mean > 0 and (raw := self.raw_total(k.types)) > 0
+            if k.kld.mean > 0 and (raw := self.raw_total(k.types, k.feedback)) > 0
         ]
         noise = [k.kld.standard_error / k.kld.mean for k in self._knots if k.kld.mean > 0]
         if not residuals:

@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from apreqel import artifacts, llama, probing
-from apreqel.calibration import fitting_set
+from apreqel.calibration import fitting_set, probe_set
 from apreqel.device import detect
 from apreqel.errors import ArtifactError, EngineError
 from apreqel.inventory import Inventory, Tensor, read_inventory
 from apreqel.qtypes import QuantType, lookup
-from apreqel.sensitivity import SENSITIVITY_FILE
+from apreqel.sensitivity import SENSITIVITY_FILE, measured_before, provenance_of
 
 if TYPE_CHECKING:
     from apreqel.imatrix import Imatrix
@@ -46,6 +46,8 @@ _COLUMNS_AT_ONCE = 256
 _ROWS_AT_ONCE = 256
 # Second moments of as many tensors as fit are collected in one pass over the text.
 _ROOM_BYTES = 2 << 30
+# What feedback gives is measured on so many rows and tokens: the ratio of errors on the same ones.
+_GAIN_ROWS, _GAIN_TOKENS = 64, 384
 # ggml weighs these types' weights by the whole row's mean square (quantize_row_q4_0_impl and its
 # like in ggml-quants.c); a block that is quantised alone gets columns that bring it to that.
 _WEIGHED_BY_ROW = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1"})
@@ -72,13 +74,82 @@ class Feedback:
                 f"{folder / SENSITIVITY_FILE}: written before error feedback; for --feedback run "
                 "apreqel probe in another --workdir"
             )
-        self._inventory, self._imatrix, self._folder = inventory, imatrix, folder
+        self._inventory, self._imatrix, self._state = inventory, imatrix, state
+        self._folder = folder
         self._n_threads, self._on_progress = n_threads, on_progress
         self._text = fitting_set(state.fitting_tokens)
         facts = f"{state.provenance.model_sha256} {_DAMPING} {VERSION}".encode()
         facts += self._text.tokens.tobytes()
         self._place = folder / f"feedback-{hashlib.sha256(facts).hexdigest()[:12]}"
         self._marks = artifacts.file_marks(inventory.files)
+
+    def gains(self) -> Mapping[str, Mapping[str, float]]:
+        """By tensor and type: the output error of moved weights over that of weights as they are.
+
+        On a sample of rows, and of text that nothing was fitted on. Kept in the folder. Raises
+        ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
+        """
+        path = self._place / "gains.json"
+        data = measured_before(path, "feedback-gains", self._state)
+        if data is None:
+            data = {"gains": self._measured_gains()}
+            artifacts.save(path, "feedback-gains", provenance_of(self._state), data)
+        with artifacts.understood(f"{path}"):
+            return {name: dict(row) for name, row in data["gains"].items()}
+
+    def _measured_gains(self) -> dict[str, dict[str, float]]:
+        kinds = {
+            tensor.name: moved
+            for tensor in self._inventory.quantizable
+            if (known := self._state.tensors.get(tensor.name))
+            and (moved := [lookup(t) for t in known.errors.weights if self._is_moved(tensor, t)])
+        }
+        self._require_factors([self._inventory.by_name[name] for name in kinds])
+        found: dict[str, dict[str, float]] = {}
+        text = probe_set(self._state.probe_tokens)
+
+        def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+            if name in kinds and name not in found:
+                self._on_progress("measuring what feedback gives", len(found), len(kinds))
+                x = values.reshape(-1, values.shape[-1])
+                found[name] = self._gains_of(self._inventory.by_name[name], kinds[name], x, pool)
+
+        with (
+            ThreadPoolExecutor(self._n_threads) as pool,
+            llama.LoadedModel(self._inventory.files[0], patchable=True) as model,
+        ):
+            wanted = min(text.n_chunks, _GAIN_TOKENS // text.n_ctx + 1)
+            n = probing.sequences_at_once(text.n_ctx, model.n_vocab, wanted)
+            part = text.part(slice(n))
+            with model.context(text.n_ctx, n, self._n_threads, listen) as context:
+                context.evaluate(part.tokens, part.positions)
+        artifacts.source_is_unchanged(self._inventory.files, self._marks)
+        return found
+
+    def _gains_of(
+        self, tensor: Tensor, kinds: Sequence[QuantType], x: Floats, pool: ThreadPoolExecutor
+    ) -> dict[str, float]:
+        """Of one tensor's types, on activations `x` [tokens, row length]."""
+        factor = self._factor(tensor)
+        if not factor.size:
+            return {}
+        random = np.random.default_rng(0)
+        x = x[probing.sample(random, len(x), _GAIN_TOKENS)]
+        rows = probing.sample(random, tensor.n_rows, _GAIN_ROWS)
+        weights = probing.read_weights(self._inventory, tensor.name, rows)
+        importance = self._imatrix.weights(tensor.name)
+        own = {n: own_inverses(factor, n) for n in {kind.block_size for kind in kinds}}
+
+        def gain(kind: QuantType) -> float:
+            w = weights[:: 4 if probing.is_slow(kind) else 1]
+            moved = moved_rows(w, factor, own[kind.block_size], kind, importance)
+            with_it, without = (
+                float(np.square((w - llama.fake_quantize(v, kind, importance)) @ x.T).sum())
+                for v in (moved, np.ascontiguousarray(w))
+            )
+            return with_it / without if without > 0 else 1.0
+
+        return dict(zip((k.name for k in kinds), pool.map(gain, kinds), strict=True))
 
     @contextmanager
     def moved(self, types: Mapping[str, str]) -> Iterator[Inventory]:
@@ -91,8 +162,7 @@ class Feedback:
         if not chosen:
             yield inventory
             return
-        with artifacts.lock(self._folder / ".feedback.lock"):
-            self._collect({self._source(t): t.row_length for t in chosen})
+        self._require_factors(chosen)
         floats = probing.scratch_types(inventory)
         types_of_copy = inventory.types | {t.name: floats[t.name] for t in chosen}
         with (
@@ -157,11 +227,16 @@ class Feedback:
             raise ArtifactError(f"{path}: has the shape {factor.shape}; delete it")
         return factor
 
-    def _collect(self, lengths: Mapping[str, int]) -> None:
-        """Factors that are not at hand, in as many passes over the text as memory asks for."""
-        left = {n: length for n, length in lengths.items() if not self._path(n).exists()}
-        if not left:
-            return
+    def _require_factors(self, tensors: Sequence[Tensor]) -> None:
+        """Collect those that are not at hand."""
+        with artifacts.lock(self._folder / ".feedback.lock"):
+            lengths = {self._source(t): t.row_length for t in tensors}
+            left = {n: length for n, length in lengths.items() if not self._path(n).exists()}
+            if left:
+                self._collect(left)
+
+    def _collect(self, left: dict[str, int]) -> None:
+        """Factors by row length, in as many passes over the text as memory asks for."""
         needed = sum(4 * length**2 for length in left.values())
         artifacts.require_space(self._folder, needed, "the second moments of activations")
         self._place.mkdir(parents=True, exist_ok=True)

@@ -129,7 +129,7 @@ def _room(
     )
     free = replace(request, max_size_bytes=None, target_bpw=None)
     limits = hard_limits(inventory, options, free, profile, request.n_ctx or 4096)
-    usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"))
+    usual = sensitivity.model.raw_total(stock_map(inventory, sensitivity, "Q4_K_M"), feedback=False)
     return options, limits, _WORST_TIMES_STOCK * usual
 
 

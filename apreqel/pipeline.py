@@ -256,11 +256,32 @@ def probe(
 
 
 def trials_of(
-    space: Workspace, state: Sensitivity, imatrix: Imatrix, *, feedback: bool = False
+    space: Workspace, state: Sensitivity, imatrix: Imatrix, feedback: Feedback | None = None
 ) -> Trials:
     """Whole maps as real files, on the part of the calibration text that is kept for them."""
-    measured = space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress
-    return Trials(*measured, Feedback(*measured) if feedback else None)
+    return Trials(
+        space.inventory,
+        imatrix,
+        state,
+        space.folder,
+        space.n_threads,
+        space.on_progress,
+        feedback,
+    )
+
+
+def learn_feedback(
+    space: Workspace, request: PlanRequest, state: Sensitivity, imatrix: Imatrix
+) -> Feedback | None:
+    """Where the request asks for error feedback: it, with its gains left in the sensitivity."""
+    if not request.feedback:
+        state.learn_gains({})
+        return None
+    feedback = Feedback(
+        space.inventory, imatrix, state, space.folder, space.n_threads, space.on_progress
+    )
+    state.learn_gains(feedback.gains())
+    return feedback
 
 
 def load_imatrix(space: Workspace) -> Imatrix:
@@ -358,7 +379,8 @@ def plan(
     `refine` exchanges around it are probed too, and a plan made from them is tried; None: where
     it has so few bits that tensors' damages interact.
     """
-    with _trials_where(check, space, request, state, imatrix) as trials:
+    feedback = learn_feedback(space, request, state, imatrix)
+    with trials_of(space, state, imatrix, feedback) if check else nullcontext() as trials:
         return _plan(space, request, state, imatrix, device_profile, output, trials, refine)
 
 
@@ -393,13 +415,6 @@ def _plan(
             made = _refined(space, planner, made, trials, asked=bool(refine))
     _write_plan(made, path, space.inventory)
     return made, path
-
-
-def _trials_where(
-    check: bool, space: Workspace, request: PlanRequest, state: Sensitivity, imatrix: Imatrix
-) -> AbstractContextManager[Trials | None]:
-    """Where `check` asks for them, trials of plans made as requested."""
-    return trials_of(space, state, imatrix, feedback=request.feedback) if check else nullcontext()
 
 
 def _refined(
@@ -437,6 +452,7 @@ def front(
     device_profile: DeviceProfile | None,
 ) -> Front:
     """What can be had of size, closeness and speed."""
+    learn_feedback(space, request, state, imatrix)
     records = planning.output_records(imatrix)
     experts = expert_use(space, request)
     return fronts.pareto_front(
@@ -454,12 +470,13 @@ def ladder(
     check: bool = True,
 ) -> list[tuple[Plan, Path]]:
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
+    feedback = learn_feedback(space, request, state, imatrix)
     records = planning.output_records(imatrix)
     sizes = fronts.ladder_sizes(
         space.inventory, state, request, records, device_profile, count, expert_use(space, request)
     )
     made = []
-    with _trials_where(check, space, request, state, imatrix) as trials:
+    with trials_of(space, state, imatrix, feedback) if check else nullcontext() as trials:
         for i, size in enumerate(sizes, 1):
             space.on_progress("planning", i - 1, count)
             step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
@@ -476,6 +493,9 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
     state.knots = trying.knots(trying.read_trials(folder, state))
     state.exchanges, state.metric = made.exchanges, made.metric
     request = planning.request_from(made.provenance.settings)
+    if request.feedback:
+        imatrix = imatrices.read_imatrix(folder / sensitivities.IMATRIX_FILE, inventory)
+        state.learn_gains(Feedback(inventory, imatrix, state, folder, usual_threads()).gains())
     timed = profiling.load_named(made.device) if made.device else None
     kv_path = folder / kv_cache.KV_FILE
     kv = KvSensitivity.load(kv_path, made.provenance.model_sha256) if kv_path.exists() else None

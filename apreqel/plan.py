@@ -69,8 +69,7 @@ _CACHE_NOTE = (
 )
 
 _FEEDBACK_NOTE = (
-    "error feedback moves weights against their neighbours' rounding: the file is usually closer "
-    "than the prediction, which is without it"
+    "error feedback moves weights against their neighbours' rounding when the file is written"
 )
 
 # Contexts are tried in steps of this many tokens.
@@ -371,7 +370,7 @@ def solve_request(
     asked = {limit.name for limit in limits}
     if request.max_type_changes is not None:
         limits.append(options.change_limit(stock, request.max_type_changes))
-    usual = ease * sensitivity.model.raw_total(stock)
+    usual = ease * sensitivity.model.raw_total(stock, feedback=False)
     if request.weights:
         costs, unit = objective(options, request, stock)
         solution = solve(costs, limits)
@@ -412,7 +411,8 @@ def with_longest_context(
         raise UsageError("--ctx max: how much memory may it take? give --max-ram or --fit")
     floor = request.max_kld_nats
     if floor is None:
-        floor = sensitivity.model.total(stock_map(inventory, sensitivity, DEFAULT_PRESET)).nats
+        stock = stock_map(inventory, sensitivity, DEFAULT_PRESET)
+        floor = sensitivity.model.total(stock, feedback=False).nats
         floor += experts.damage_nats if experts else 0.0
     wanted = replace(request, max_kld_nats=floor, longest_context=False)
 
@@ -492,7 +492,7 @@ class Planner:
         beside = options.fixed_damage + options.cache_scale * sum(
             float(options.damages[i][solution.choice[i]]) for i in caches
         )
-        predicted = self.sensitivity.model.total(chosen)
+        predicted = self.sensitivity.model.total(chosen, feedback)
         tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
         size_bytes = inventory.output_size(chosen, encode_metadata(metadata))
         known = profile is not None and profile.covers(inventory)

@@ -393,7 +393,7 @@ class OutputErrors:
             importance = expert_slice(bench.importance(name), expert, tensor)
 
             def weight_error(q: QuantType, w=w, x=x, output=output, importance=importance):  # type: ignore[no-untyped-def]
-                step = 4 if _is_slow(q) else 1
+                step = 4 if is_slow(q) else 1
                 few = np.ascontiguousarray(w[::step])
                 e = few - llama.fake_quantize(few, q, importance)
                 return np.array([np.square(e @ x.T).sum(dtype=np.float64), output[::step].sum()])
@@ -416,7 +416,7 @@ class OutputErrors:
         )
 
 
-def _is_slow(q: QuantType) -> bool:
+def is_slow(q: QuantType) -> bool:
     """The types that llama.cpp searches a codebook for: seconds a million weights."""
     return q.name.startswith("IQ") and q.bits_per_weight < 4
 

@@ -21,8 +21,8 @@ from apreqel.damage import Exchange, expected_gain
 from apreqel.errors import ArtifactError
 from apreqel.metrics import estimate
 from apreqel.qtypes import lookup
-from apreqel.sensitivity import SENSITIVITY_FILE
-from apreqel.trial import map_key, measured_before, provenance_of
+from apreqel.sensitivity import SENSITIVITY_FILE, measured_before, provenance_of
+from apreqel.trial import map_key
 
 if TYPE_CHECKING:
     from apreqel.plan import Plan, Planner, Solved

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -140,6 +140,7 @@ class Sensitivity:
     exchanges: Sequence[Exchange] = ()  # around the plan at hand, for `model`; not kept
     metric: str = "kld"  # what `model` calls damage
     knots: Sequence[Knot] = ()  # real files, for `model`; kept in another file
+    gains: Mapping[str, Mapping[str, float]] = field(default_factory=dict)  # of feedback; likewise
 
     @property
     def complete(self) -> bool:
@@ -160,6 +161,7 @@ class Sensitivity:
             self.knots,
             self.exchanges,
             self.metric,
+            self.gains,
         )
 
     def renew_model(self) -> DamageModel:
@@ -175,6 +177,11 @@ class Sensitivity:
     def learn_exchanges(self, exchanges: Sequence[Exchange]) -> None:
         """Let exchanges around a plan tell what its tensors' other types do in it."""
         self.exchanges = exchanges
+        self.renew_model()
+
+    def learn_gains(self, gains: Mapping[str, Mapping[str, float]]) -> None:
+        """Let `model` speak of files written with error feedback; none: of files without."""
+        self.gains = gains
         self.renew_model()
 
     def save(self, path: Path) -> None:
@@ -204,10 +211,40 @@ class Sensitivity:
             return cls(provenance, **data)
 
 
-_NOT_SAVED = {"provenance", "model", "metric", "knots", "exchanges"}
+_NOT_SAVED = {"provenance", "model", "metric", "knots", "exchanges", "gains"}
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]
+
+
+# --- what is measured later with the same text and imatrix ---------------------------------------
+
+
+def provenance_of(state: Sensitivity) -> Provenance:
+    """Of what was measured with this sensitivity's text and imatrix."""
+    measured = state.provenance
+    settings = {**measured.settings, "imatrix_sha256": state.imatrix_sha256}
+    return Provenance(measured.model_sha256, measured.llama_build, settings=settings)
+
+
+def _same_source(provenance: Provenance, state: Sensitivity) -> bool:
+    """Whether it is `provenance_of` this sensitivity, whichever version wrote it."""
+    wanted = provenance_of(state)
+    return replace(provenance, apreqel_version="") == replace(wanted, apreqel_version="")
+
+
+def measured_before(path: Path, kind: str, state: Sensitivity) -> Mapping[str, Any] | None:
+    """An artifact of this sensitivity's text and imatrix; None where there is none, or of others.
+
+    Raises ArtifactError.
+    """
+    if not path.exists():
+        return None
+    provenance, data = artifacts.load(path, kind, state.provenance.model_sha256)
+    return data if _same_source(provenance, state) else None
+
+
+# --- measuring ------------------------------------------------------------------------------------
 
 
 def measure(

@@ -14,12 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from apreqel import artifacts, llama
-from apreqel.artifacts import Provenance
 from apreqel.calibration import TokenSet, check_set
 from apreqel.damage import Knot
 from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
@@ -27,6 +26,7 @@ from apreqel.feedback import VERSION
 from apreqel.metrics import Comparison, Estimate, Reference, estimate, ratio_interval
 from apreqel.probing import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.quantize import quantize_model
+from apreqel.sensitivity import measured_before, provenance_of
 
 if TYPE_CHECKING:
     from apreqel.feedback import Feedback
@@ -244,40 +244,14 @@ def read_trials(folder: Path, state: Sensitivity) -> dict[str, Trial]:
     return {_trial_key(trial.types, trial.feedback): trial for trial in trials}
 
 
-def measured_before(path: Path, kind: str, state: Sensitivity) -> Mapping[str, Any] | None:
-    """An artifact of this sensitivity's text and imatrix; None where there is none, or of others.
-
-    Raises ArtifactError.
-    """
-    if not path.exists():
-        return None
-    provenance, data = artifacts.load(path, kind, state.provenance.model_sha256)
-    return data if _same_source(provenance, state) else None
-
-
 def _trial_key(types: Mapping[str, str], feedback: int) -> str:
     return f"{map_key(types)} {feedback}"
 
 
 def knots(trials: Mapping[str, Trial]) -> list[Knot]:
-    """What was measured of apreqel's own plans, for the damage model's totals.
-
-    Without those with feedback, which does more for some types than for others.
-    """
-    return [Knot(t.types, t.kld) for t in trials.values() if t.label in _OWN and not t.feedback]
-
-
-def provenance_of(state: Sensitivity) -> Provenance:
-    """Of what was measured with this sensitivity's text and imatrix."""
-    measured = state.provenance
-    settings = {**measured.settings, "imatrix_sha256": state.imatrix_sha256}
-    return Provenance(measured.model_sha256, measured.llama_build, settings=settings)
-
-
-def _same_source(provenance: Provenance, state: Sensitivity) -> bool:
-    """Whether it is `provenance_of` this sensitivity, whichever version wrote it."""
-    wanted = provenance_of(state)
-    return replace(provenance, apreqel_version="") == replace(wanted, apreqel_version="")
+    """What was measured of apreqel's own plans, for the damage model's totals."""
+    own = [t for t in trials.values() if t.label in _OWN and t.feedback in (0, VERSION)]
+    return [Knot(t.types, t.kld, bool(t.feedback)) for t in own]
 
 
 def map_key(types: Mapping[str, str]) -> str:

@@ -148,6 +148,33 @@ def test_totals_follow_real_files_and_come_back() -> None:
     assert totals == sorted(totals)
 
 
+def test_feedback_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_lose() -> None:
+    errors = {n: TensorErrors({"Q8_0": 3e-5, "Q4_0": 5e-3}, {"Q8_0": 1e-5}) for n in "ab"}
+    places = {n: Place("ffn_up", i) for i, n in enumerate(errors)}
+    probes = {n: {"Q8_0": steady(0.003), "Q4_0": steady(0.5)} for n in errors}
+    gains = {"a": {"Q8_0": 0.5, "Q4_0": 0.25}}
+    plain = DamageModel(errors, probes, places)
+    with_it = DamageModel(errors, probes, places, gains=gains)
+    # Q8_0's kernel adds a third to what its weights lose, 0.003; to Q4_0's 0.5 it adds 0.001.
+    assert with_it.damage("a", "Q8_0").nats == pytest.approx(0.0015 + 0.001, rel=0.02)
+    assert with_it.damage("a", "Q4_0").nats == pytest.approx(0.125 + 0.001, rel=0.02)
+    assert with_it.damage("b", "Q4_0") == plain.damage("b", "Q4_0")  # nothing is moved there
+    types = dict.fromkeys(errors, "Q4_0")
+    assert with_it.raw_total(types, feedback=False) == plain.raw_total(types)
+    assert with_it.total(types, feedback=False).nats == plain.total(types).nats
+
+
+def test_real_files_with_feedback_tell_totals_of_files_with_feedback() -> None:
+    probes = {f"t{i}": {"Q4_0": steady(0.01), "Q8_0": steady(1e-4)} for i in range(4)}
+    types = dict.fromkeys(probes, "Q4_0")
+    gains = {name: dict.fromkeys(TYPES, 0.5) for name in probes}
+    knots = [Knot(types, Estimate(0.03, 1e-3, 8)), Knot(types, Estimate(0.015, 1e-3, 8), True)]
+    model = model_of(probes, knots=knots, gains=gains)
+    assert model.total(types).nats == pytest.approx(0.015, rel=1e-2)
+    assert model.total(types, feedback=False).nats == pytest.approx(0.03, rel=1e-2)
+    assert model_of(probes, knots=knots).total(types).nats == pytest.approx(0.03, rel=1e-2)
+
+
 def test_expected_gain_is_the_mean_of_what_is_won() -> None:
     random = np.random.default_rng(2)
     for gap, deviation in ((0.0, 1.0), (1.0, 1.0), (0.5, 2.0)):
