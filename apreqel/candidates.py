@@ -16,14 +16,8 @@ import numpy as np
 from apreqel.errors import InfeasiblePlanError
 from apreqel.knapsack import Limit, solve
 from apreqel.options import CACHES, Options, build_options
-from apreqel.plan import (
-    DEFAULT_PRESET,
-    Plan,
-    Planner,
-    Solved,
-    TrialResult,
-    stock_map,
-)
+from apreqel.plan import Plan, TrialResult
+from apreqel.planner import DEFAULT_PRESET, Planner, Solved, stock_map
 from apreqel.qtypes import lookup
 
 if TYPE_CHECKING:

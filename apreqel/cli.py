@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from apreqel.calibration import Text
     from apreqel.pipeline import Workspace
-    from apreqel.plan import PlanRequest
+    from apreqel.request import PlanRequest
     from apreqel.sensitivity import Effort
 
 app = typer.Typer(
@@ -408,7 +408,7 @@ def compare(
 ) -> None:
     """Other ways to choose types at the same size: uniform, stock, by error, by score, ours."""
     from apreqel import console, pipeline
-    from apreqel.plan import size_from
+    from apreqel.request import size_from
     from apreqel.verify import VerifySettings
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
@@ -555,40 +555,40 @@ def _verify_text(path: Path | None) -> Text:
 
 def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
     """The options of `plan` and `auto`, by their names there. Raises UsageError."""
-    from apreqel import plan as planning
+    from apreqel import request
     from apreqel.experts import require_count
     from apreqel.options import parse_constraints
 
     prefer, limit, ram = wishes["prefer"], wishes["max_size"], wishes["max_ram"]
-    if prefer not in planning.PRIORITIES:
-        raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(planning.PRIORITIES)}")
+    if prefer not in request.PRIORITIES:
+        raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(request.PRIORITIES)}")
     if wishes["experts"] is not None:
         require_count(space.inventory, wishes["experts"])
     constraints = parse_constraints(
         wishes["pin"] or [], wishes["only_types"], wishes["exclude_types"]
     )
-    copied = planning.copied_pins(space.inventory, wishes.get("like"), wishes.get("recipe"))
-    size = planning.size_from(limit, space.inventory) if limit else None
+    copied = request.copied_pins(space.inventory, wishes.get("like"), wishes.get("recipe"))
+    size = request.size_from(limit, space.inventory) if limit else None
     if copied and size is None:
-        size = planning.any_size(space.inventory)
+        size = request.any_size(space.inventory)
     klds = [wishes["max_kld"]]
     if wishes["max_degradation"]:
-        klds.append(planning.parse_degradation(wishes["max_degradation"]))
-    rams = [planning.parse_size(ram, "--max-ram")] if ram else []
+        klds.append(request.parse_degradation(wishes["max_degradation"]))
+    rams = [request.parse_size(ram, "--max-ram")] if ram else []
     if wishes["fit"]:
-        rams.append(planning.free_memory())
-    return planning.PlanRequest(
+        rams.append(request.free_memory())
+    return request.PlanRequest(
         prefer,
         max_size_bytes=size,
         target_bpw=wishes["target_bpw"],
         max_kld_nats=min((kld for kld in klds if kld is not None), default=None),
         max_ram_bytes=min(rams, default=None),
-        n_ctx=planning.parse_context(wishes["ctx"]),
+        n_ctx=request.parse_context(wishes["ctx"]),
         longest_context=wishes["ctx"] == "max",
         min_decode_tps=wishes["min_decode"],
         min_prefill_tps=wishes["min_prefill"],
-        workload=planning.parse_workload(wishes["workload"]),
-        weights=planning.parse_weights(wishes["weights"]) if wishes["weights"] else {},
+        workload=request.parse_workload(wishes["workload"]),
+        weights=request.parse_weights(wishes["weights"]) if wishes["weights"] else {},
         max_type_changes=wishes["max_type_changes"],
         experts_used=wishes["experts"],
         feedback=wishes["feedback"],

@@ -16,7 +16,7 @@ from apreqel.candidates import STOCK, best_fitting, uniform_maps
 from apreqel.damage import DamageModel
 from apreqel.knapsack import Limit, solve
 from apreqel.options import Options, build_options
-from apreqel.plan import stock_map
+from apreqel.planner import stock_map
 from apreqel.qtypes import lookup
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from apreqel.errors import UsageError, printable
 if TYPE_CHECKING:
     from apreqel.inventory import Inventory
     from apreqel.options import Doubles
-    from apreqel.plan import Solved
+    from apreqel.planner import Solved
     from apreqel.sensitivity import Sensitivity
 
 

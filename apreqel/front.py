@@ -16,8 +16,9 @@ from apreqel.errors import InfeasiblePlanError
 from apreqel.experts import ExpertUse, with_experts
 from apreqel.knapsack import solve
 from apreqel.options import Options, build_options
-from apreqel.plan import NEAR_LOSSLESS, PlanRequest, hard_limits, stock_map, stock_size
+from apreqel.planner import NEAR_LOSSLESS, hard_limits, stock_map, stock_size
 from apreqel.profile import Speed
+from apreqel.request import PlanRequest
 
 if TYPE_CHECKING:
     from apreqel.inventory import Inventory

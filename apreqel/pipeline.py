@@ -18,7 +18,6 @@ from apreqel import artifacts, calibration, candidates, kv_cache, quantize, reci
 from apreqel import compare as comparing
 from apreqel import front as fronts
 from apreqel import imatrix as imatrices
-from apreqel import plan as planning
 from apreqel import profile as profiling
 from apreqel import refine as refining
 from apreqel import sensitivity as sensitivities
@@ -40,8 +39,10 @@ from apreqel.front import Front
 from apreqel.imatrix import Imatrix
 from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
 from apreqel.kv_cache import KvSensitivity
-from apreqel.plan import Plan, Planner, PlanRequest, Solved
+from apreqel.plan import PLAN_FILE, Plan, encode_metadata, output_records
+from apreqel.planner import Planner, Solved, solve_request, with_longest_context
 from apreqel.profile import DeviceProfile
+from apreqel.request import PlanRequest, request_from, require_presets
 from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
 from apreqel.trial import Trials
 from apreqel.verify import VerificationReport, VerifySettings
@@ -248,7 +249,7 @@ def probe(
     )
     imatrix = load_imatrix(space)
     with trials_of(space, state, imatrix) as trials:
-        records = planning.output_records(imatrix)
+        records = output_records(imatrix)
         # Where --minutes cut probing short there is no time for files either.
         count = 0 if state.cut_short else _LADDER_TRIALS[effort.name]
         candidates.try_ladder(space.inventory, state, records, trials, count)
@@ -397,15 +398,15 @@ def _plan(
     kv = kv_sensitivity(space) if request.max_ram_bytes is not None else None
     experts = expert_use(space, request)
     if request.longest_context:
-        records = planning.output_records(imatrix)
-        request = planning.with_longest_context(
+        records = output_records(imatrix)
+        request = with_longest_context(
             space.inventory, state, request, device_profile, kv, records, experts
         )
 
     planner = Planner(
         space.inventory, state, imatrix, request, space.folder, device_profile, kv, experts
     )
-    path = output or space.folder / planning.PLAN_FILE
+    path = output or space.folder / PLAN_FILE
     if trials is None:
         made = planner.plan()
     else:
@@ -453,7 +454,7 @@ def front(
 ) -> Front:
     """What can be had of size, closeness and speed."""
     learn_feedback(space, request, state, imatrix)
-    records = planning.output_records(imatrix)
+    records = output_records(imatrix)
     experts = expert_use(space, request)
     return fronts.pareto_front(
         space.inventory, state, request, records, device_profile, experts=experts
@@ -471,7 +472,7 @@ def ladder(
 ) -> list[tuple[Plan, Path]]:
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
     feedback = learn_feedback(space, request, state, imatrix)
-    records = planning.output_records(imatrix)
+    records = output_records(imatrix)
     sizes = fronts.ladder_sizes(
         space.inventory, state, request, records, device_profile, count, expert_use(space, request)
     )
@@ -492,18 +493,18 @@ def explained(path: Path) -> tuple[Solved, Sensitivity, Plan, Inventory]:
     state = Sensitivity.load(folder / sensitivities.SENSITIVITY_FILE, made.provenance.model_sha256)
     state.knots = trying.knots(trying.read_trials(folder, state))
     state.exchanges, state.metric = made.exchanges, made.metric
-    request = planning.request_from(made.provenance.settings)
+    request = request_from(made.provenance.settings)
     if request.feedback:
         imatrix = imatrices.read_imatrix(folder / sensitivities.IMATRIX_FILE, inventory)
         state.learn_gains(Feedback(inventory, imatrix, state, folder, usual_threads()).gains())
     timed = profiling.load_named(made.device) if made.device else None
     kv_path = folder / kv_cache.KV_FILE
     kv = KvSensitivity.load(kv_path, made.provenance.model_sha256) if kv_path.exists() else None
-    solved = planning.solve_request(
+    solved = solve_request(
         inventory,
         state,
         request,
-        planning.encode_metadata(made.metadata),
+        encode_metadata(made.metadata),
         timed,
         kv,
         made.experts,
@@ -599,7 +600,7 @@ def verify(
     expected: Plan | None = None,
 ) -> VerificationReport:
     """Measure `path` beside the original and the stock presets `against`."""
-    planning.require_presets(against)
+    require_presets(against)
     if expected is not None:
         verification.check_types(path, expected.types)
     files = {"apreqel": path}
@@ -636,7 +637,7 @@ def compare(
     """Other ways to choose types, on the same measurements: real files, measured side by side."""
     state, imatrix = require_measured(space)
     timed = stored_profile(space.n_threads)
-    records = planning.output_records(imatrix)
+    records = output_records(imatrix)
     made = comparing.strategies(
         space.inventory,
         state,
@@ -698,7 +699,7 @@ def auto(
     device: str | None = None,
 ) -> Everything:
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
-    planning.require_presets(against)
+    require_presets(against)
     output = output or default_output(space.inventory, space.folder, request.prefer)
     quantize.check_output(space.inventory, output, force or _is_ours(output))
     timed = profiling.load_named(device) if device else profile(space)

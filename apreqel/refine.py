@@ -25,7 +25,8 @@ from apreqel.sensitivity import SENSITIVITY_FILE, measured_before, provenance_of
 from apreqel.trial import map_key
 
 if TYPE_CHECKING:
-    from apreqel.plan import Plan, Planner, Solved
+    from apreqel.plan import Plan
+    from apreqel.planner import Planner, Solved
     from apreqel.probing import ReferenceRun
     from apreqel.sensitivity import Sensitivity
 

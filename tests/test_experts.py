@@ -13,7 +13,7 @@ from test_cli import apreqel, expect
 from test_measurements import MEASURE, SHA, load_imatrix, texts
 from test_profile import made_up
 
-from apreqel import calibration, experts, front, llama, plan, quantize, sensitivity
+from apreqel import calibration, experts, front, llama, plan, planner, quantize, sensitivity
 from apreqel.errors import (
     ArtifactError,
     InfeasiblePlanError,
@@ -24,8 +24,8 @@ from apreqel.experts import ExpertUse
 from apreqel.gguf_header import UINT32, encode_kv
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.metrics import Estimate, Reference, compare
-from apreqel.plan import PlanRequest
 from apreqel.profile import matrix_shape, signature
+from apreqel.request import PlanRequest
 from apreqel.sensitivity import Sensitivity
 
 KEY = "llama.expert_used_count"
@@ -137,8 +137,8 @@ def test_the_file_runs_as_planned(
     inventory, folder, state = probed
     use, weights = measured(inventory, folder, 1), load_imatrix(folder, inventory)
     request = PlanRequest(target_bpw=9.0, experts_used=1)
-    made = plan.Planner(inventory, state, weights, request, folder, experts=use).plan()
-    plain = plan.Planner(inventory, state, weights, PlanRequest(target_bpw=9.0), folder).plan()
+    made = planner.Planner(inventory, state, weights, request, folder, experts=use).plan()
+    plain = planner.Planner(inventory, state, weights, PlanRequest(target_bpw=9.0), folder).plan()
     assert made.types == plain.types and made.size_bytes == plain.size_bytes
     assert made.kld_nats == pytest.approx(plain.kld_nats + use.damage_nats)
     assert made.metadata["apreqel.plan"] != plain.metadata["apreqel.plan"]
@@ -167,9 +167,9 @@ def test_damage_counts_in_limits(probed: tuple[Inventory, Path, Sensitivity]) ->
     inventory, folder, state = probed
     use = ExpertUse(1, 2, 4, Estimate(0.2, 0.01, 100))
 
-    def solved(**wishes: object) -> plan.Solved:
+    def solved(**wishes: object) -> planner.Solved:
         request = PlanRequest("memory", experts_used=1, **wishes)  # type: ignore[arg-type]
-        return plan.solve_request(inventory, state, request, [], None, experts=use)
+        return planner.solve_request(inventory, state, request, [], None, experts=use)
 
     found = solved(max_kld_nats=0.25)
     assert found.solution.choice
@@ -183,7 +183,7 @@ def test_damage_counts_in_limits(probed: tuple[Inventory, Path, Sensitivity]) ->
     ):
         solved(max_kld_nats=0.1)
     # The usual limit, stock's quality, is that of stock with so many experts.
-    without = plan.solve_request(inventory, state, PlanRequest("memory"), [], None)
+    without = planner.solve_request(inventory, state, PlanRequest("memory"), [], None)
     assert solved().solution.choice == without.solution.choice
     shown = front.pareto_front(inventory, state, PlanRequest(), [], None, 6, experts=use)
     assert all(point.kld_nats >= 0.2 for point in shown.points)
@@ -199,7 +199,7 @@ def test_speed_is_of_the_count(probed: tuple[Inventory, Path, Sensitivity]) -> N
     assert signature(fewer) == signature(inventory) and profile.covers(fewer)
     request = PlanRequest(min_decode_tps=1e-3, experts_used=1, workload=(0, 1))
     weights = load_imatrix(folder, inventory)
-    made = plan.Planner(inventory, state, weights, request, folder, profile, experts=use).plan()
+    made = planner.Planner(inventory, state, weights, request, folder, profile, experts=use).plan()
     assert made.speed is not None and made.speed_with_own_experts is not None
 
     def seconds(model: Inventory) -> float:
@@ -213,9 +213,9 @@ def test_speed_is_of_the_count(probed: tuple[Inventory, Path, Sensitivity]) -> N
     # A limit that only fewer experts can meet.
     between = 2 / (seconds(fewer) + seconds(inventory))
     tight = PlanRequest(min_decode_tps=between, experts_used=1, workload=(0, 1))
-    plan.solve_request(inventory, state, tight, [], profile, experts=use)
+    planner.solve_request(inventory, state, tight, [], profile, experts=use)
     with pytest.raises(InfeasiblePlanError, match="--min-decode-tps"):
-        plan.solve_request(inventory, state, tight, [], profile)
+        planner.solve_request(inventory, state, tight, [], profile)
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -14,8 +14,9 @@ from apreqel import feedback, llama, pipeline, quantize, sensitivity
 from apreqel.errors import ArtifactError, EngineError
 from apreqel.feedback import Feedback
 from apreqel.inventory import Inventory, read_inventory
-from apreqel.plan import Plan, PlanRequest
+from apreqel.plan import Plan
 from apreqel.qtypes import lookup
+from apreqel.request import PlanRequest
 from apreqel.sensitivity import Sensitivity
 
 Measured = tuple[Inventory, Path, Sensitivity]

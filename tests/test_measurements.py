@@ -22,6 +22,7 @@ from apreqel import (
     llama,
     options,
     plan,
+    planner,
     probing,
     qtypes,
     quantize,
@@ -42,8 +43,8 @@ from apreqel.errors import (
     VerificationError,
 )
 from apreqel.inventory import Inventory, read_inventory
-from apreqel.plan import PlanRequest
 from apreqel.qtypes import lookup
+from apreqel.request import PlanRequest, parse_size
 from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
 
 SHA = "0" * 64
@@ -406,7 +407,7 @@ def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
 def make(inventory: Inventory, folder: Path, state: Sensitivity, **wishes: object) -> plan.Plan:
     request = PlanRequest(**wishes)  # type: ignore[arg-type]
     imatrix = load_imatrix(folder, inventory)
-    return plan.Planner(inventory, state, imatrix, request, folder).plan()
+    return planner.Planner(inventory, state, imatrix, request, folder).plan()
 
 
 def test_predicted_size_is_the_files(
@@ -447,9 +448,9 @@ def test_our_plan_beats_the_stock_map_in_prediction(
 ) -> None:
     inventory, folder, state = probed
     for preset in ("Q3_K_M", "Q4_K_M", "Q6_K"):
-        types = plan.stock_map(inventory, state, preset)
+        types = planner.stock_map(inventory, state, preset)
         made = make(
-            inventory, folder, state, max_size_bytes=plan.stock_size(inventory, types) + 400
+            inventory, folder, state, max_size_bytes=planner.stock_size(inventory, types) + 400
         )
         assert made.kld_nats <= state.model.total(types).nats * (1 + 1e-4)
 
@@ -500,13 +501,13 @@ def test_plan_file_round_trip(probed: tuple[Inventory, Path, Sensitivity], tmp_p
     [("95MB", 95_000_000), ("1.5GiB", 1610612736), ("102400", 102400), ("2 kib", 2048)],
 )
 def test_sizes_people_write(text: str, expected: int) -> None:
-    assert plan.parse_size(text) == expected
+    assert parse_size(text) == expected
 
 
 def test_sizes_nobody_means() -> None:
     for text in ("", "MB", "1.2.3", "-5", "12 parsecs"):
         with pytest.raises(UsageError):
-            plan.parse_size(text)
+            parse_size(text)
 
 
 # --- the KV cache --------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from test_profile import attention, made_up, uniform
 
-from apreqel import compare, explain, front, llama, memory, options, plan, recipes, timing
+from apreqel import compare, explain, front, llama, memory, options, planner, recipes, timing
 from apreqel.artifacts import Provenance
 from apreqel.damage import Place, Probe
 from apreqel.errors import InfeasiblePlanError, UsageError
@@ -20,9 +20,16 @@ from apreqel.knapsack import Limit, solve
 from apreqel.kv_cache import KvSensitivity
 from apreqel.metrics import Estimate
 from apreqel.options import Constraints
-from apreqel.plan import PlanRequest
 from apreqel.probing import TensorErrors
 from apreqel.qtypes import lookup
+from apreqel.request import (
+    PlanRequest,
+    any_size,
+    copied_pins,
+    parse_degradation,
+    parse_weights,
+    request_from,
+)
 from apreqel.sensitivity import Sensitivity, TensorSensitivity
 
 TYPES = ("Q3_K", "Q4_0", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
@@ -63,9 +70,9 @@ def inventory(llama_model: Path) -> Inventory:
     return read_inventory(llama_model)
 
 
-def solved(inventory: Inventory, request: PlanRequest) -> plan.Solved:
+def solved(inventory: Inventory, request: PlanRequest) -> planner.Solved:
     profile = replace(made_up(inventory, SECONDS))
-    return plan.solve_request(inventory, measured(inventory), request, [], profile)
+    return planner.solve_request(inventory, measured(inventory), request, [], profile)
 
 
 def total(rows: options.Options | list[np.ndarray], choice: tuple[int, ...]) -> float:  # type: ignore[type-arg]
@@ -132,10 +139,10 @@ def test_latency_is_of_the_workload(inventory: Inventory) -> None:
 
 
 def test_weights_pull_where_they_are_put(inventory: Inventory) -> None:
-    def at(**weights: float) -> plan.Solved:
+    def at(**weights: float) -> planner.Solved:
         return solved(inventory, PlanRequest(weights=weights))
 
-    def size(s: plan.Solved) -> float:
+    def size(s: planner.Solved) -> float:
         return total(s.options.sizes, s.solution.choice)
 
     light, close, even = at(memory=1), at(accuracy=1), at(memory=1, accuracy=1, latency=1)
@@ -144,8 +151,8 @@ def test_weights_pull_where_they_are_put(inventory: Inventory) -> None:
         light.options.damages, light.solution.choice
     )
     with pytest.raises(UsageError, match="give memory=NUMBER"):
-        plan.parse_weights("speed=1")
-    assert plan.parse_weights("memory=1, latency=.5") == {"memory": 1.0, "latency": 0.5}
+        parse_weights("speed=1")
+    assert parse_weights("memory=1, latency=.5") == {"memory": 1.0, "latency": 0.5}
 
 
 def test_pins_and_types_by_hand(inventory: Inventory) -> None:
@@ -181,7 +188,7 @@ def test_the_cache_is_planned_with_the_weights(inventory: Inventory) -> None:
     chosen = []
     for ram in (4_800_000, 3_500_000, 2_500_000):
         request = PlanRequest("accuracy", max_ram_bytes=ram, n_ctx=n_ctx)
-        found = plan.solve_request(inventory, state, request, [], profile, kv)
+        found = planner.solve_request(inventory, state, request, [], profile, kv)
         types = found.options.types_of(found.solution)
         kinds = types.pop(options.CACHES).split("/")
         chosen.append(kinds)
@@ -190,16 +197,16 @@ def test_the_cache_is_planned_with_the_weights(inventory: Inventory) -> None:
         assert 0.93 * ram <= used <= ram
     assert chosen[0] == ["F16", "F16"] and "F16" not in chosen[-1]
     tight = found.options.fixed_bytes + int(sum(row.min() for row in found.options.sizes)) + 200_000
-    longest = plan.with_longest_context(
+    longest = planner.with_longest_context(
         inventory, state, PlanRequest(max_ram_bytes=tight, max_kld_nats=9), profile, kv, []
     )
     assert longest.n_ctx is not None and 256 <= longest.n_ctx < 2048
-    plan.solve_request(inventory, state, longest, [], profile, kv)
+    planner.solve_request(inventory, state, longest, [], profile, kv)
     with pytest.raises(InfeasiblePlanError):
         beyond = replace(longest, n_ctx=longest.n_ctx + 256)
-        plan.solve_request(inventory, state, beyond, [], profile, kv)
+        planner.solve_request(inventory, state, beyond, [], profile, kv)
     with pytest.raises(UsageError, match="give --max-ram or --fit"):
-        plan.with_longest_context(inventory, state, PlanRequest(), profile, kv, [])
+        planner.with_longest_context(inventory, state, PlanRequest(), profile, kv, [])
 
 
 def test_seconds_of_the_cache_are_counted(rows_576_model: Path) -> None:
@@ -212,13 +219,13 @@ def test_seconds_of_the_cache_are_counted(rows_576_model: Path) -> None:
     def cache(ram: int, **wishes: float) -> str:
         request = PlanRequest("latency", max_ram_bytes=ram, max_kld_nats=9, n_ctx=2048)
         request = replace(request, **wishes)  # type: ignore[arg-type]
-        found = plan.solve_request(inventory, state, request, [], profile, kv)
+        found = planner.solve_request(inventory, state, request, [], profile, kv)
         return found.options.types_of(found.solution)[options.CACHES]
 
     # All weights in the fastest type, and an F16 cache: any other is slower, at no gain.
     assert cache(10**9) == "F16/F16"
     request = PlanRequest("memory", max_ram_bytes=10**9, max_kld_nats=9, n_ctx=2048)
-    found = plan.solve_request(inventory, state, request, [], profile, kv)
+    found = planner.solve_request(inventory, state, request, [], profile, kv)
     assert found.options.timings is not None
     kinds = list(found.options.types[-1])
     rows = found.options.timings.decode[-1], found.options.timings.prefill[-1]
@@ -250,7 +257,7 @@ def test_the_fastest_cache_is_what_was_timed(
     free = {"Q8_0": Estimate(0.0, 1e-6, 9)}
     kv = KvSensitivity(Provenance("s" * 64), free, free)
     request = PlanRequest("latency", max_ram_bytes=10**9, max_kld_nats=9, workload=(1000, 500))
-    found = plan.solve_request(inventory, measured(inventory), request, [], profile, kv)
+    found = planner.solve_request(inventory, measured(inventory), request, [], profile, kv)
     assert found.options.timings is not None
     seconds = found.options.timings.workload_seconds(1000, 500)[-1]
     kinds = list(found.options.types[-1])
@@ -279,10 +286,10 @@ def test_few_changes_against_stock(inventory: Inventory) -> None:
 
 
 def test_degradation_is_of_perplexity() -> None:
-    assert plan.parse_degradation("1%") == pytest.approx(0.00995, abs=1e-5)
+    assert parse_degradation("1%") == pytest.approx(0.00995, abs=1e-5)
     for text in ("1", "-1%", "0%", "one%"):
         with pytest.raises(UsageError):
-            plan.parse_degradation(text)
+            parse_degradation(text)
 
 
 # --- front, ladder, explanations -----------------------------------------------------------------
@@ -419,10 +426,8 @@ def test_llama_quantize_reads_what_recipes_write(inventory: Inventory, tmp_path:
 def test_like_another_file(inventory: Inventory, rows_576_model: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     timing.write_shapes(inventory, uniform(inventory, "Q5_1"), other)
-    pins = plan.copied_pins(inventory, other, None)
-    request = PlanRequest(
-        max_size_bytes=plan.any_size(inventory), constraints=Constraints(pins=pins)
-    )
+    pins = copied_pins(inventory, other, None)
+    request = PlanRequest(max_size_bytes=any_size(inventory), constraints=Constraints(pins=pins))
     found = solved(inventory, request)
     assert set(found.options.types_of(found.solution).values()) == {"Q5_1"}
     with pytest.raises(UsageError, match="it is another model"):
@@ -438,5 +443,5 @@ def test_a_request_survives_its_plan(inventory: Inventory) -> None:
     )
     from dataclasses import asdict
 
-    again = plan.request_from(json.loads(json.dumps(asdict(request))))
+    again = request_from(json.loads(json.dumps(asdict(request))))
     assert asdict(again) == json.loads(json.dumps(asdict(request))) | {"workload": (512, 128)}

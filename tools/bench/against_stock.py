@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 
-from apreqel import calibration, candidates, pipeline, plan, quantize, verify
+from apreqel import calibration, candidates, pipeline, planner, quantize, verify
 from apreqel.console import Reporter
 from apreqel.metrics import estimate, ratio_interval
-from apreqel.plan import PlanRequest
+from apreqel.request import PlanRequest
 from apreqel.trial import on_text
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
@@ -56,7 +56,7 @@ def main() -> None:
         for preset in args.presets:
             stock = verify.build_preset(space.inventory, preset, imatrix, space.folder, 2)
             request = PlanRequest("accuracy", max_size_bytes=stock.stat().st_size)
-            made = plan.Planner(space.inventory, state, imatrix, request, space.folder).plan()
+            made = planner.Planner(space.inventory, state, imatrix, request, space.folder).plan()
             ours, records = f"ours {preset}", made.extra_metadata()
             files[ours] = write(ours, dict(made.types), records)
             files[preset] = stock

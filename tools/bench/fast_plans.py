@@ -13,9 +13,9 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from apreqel import calibration, pipeline, plan, verify
+from apreqel import calibration, pipeline, planner, verify
 from apreqel.console import Reporter
-from apreqel.plan import PlanRequest
+from apreqel.request import PlanRequest, parse_workload
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 
@@ -41,7 +41,7 @@ def main() -> None:
             stock = verify.build_preset(
                 space.inventory, preset, imatrix, space.folder, space.n_threads
             )
-            types = plan.stock_map(space.inventory, state, preset)
+            types = planner.stock_map(space.inventory, state, preset)
             speed = profile.predict(space.inventory, types, 576)
             assert speed is not None
             size = stock.stat().st_size
@@ -52,7 +52,7 @@ def main() -> None:
                     "latency",
                     max_size_bytes=size,
                     max_kld_nats=args.margin * floor,
-                    workload=plan.parse_workload(args.workload),
+                    workload=parse_workload(args.workload),
                 ),
                 "closest": PlanRequest(
                     "accuracy",

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from apreqel import pipeline, plan
+from apreqel import pipeline, planner
 from apreqel.console import Reporter
-from apreqel.plan import PlanRequest
+from apreqel.request import PlanRequest
 
 
 def main() -> None:
@@ -32,7 +32,9 @@ def main() -> None:
         with pipeline.trials_of(space, state, imatrix) as trials:
             for bits in np.linspace(4.6, 8.0, args.plans):
                 request = PlanRequest("accuracy", target_bpw=float(bits))
-                made = plan.Planner(space.inventory, state, imatrix, request, space.folder).plan()
+                made = planner.Planner(
+                    space.inventory, state, imatrix, request, space.folder
+                ).plan()
                 real = trials.measure("tried", made.types).kld
                 low, high = made.kld_interval
                 errors.append(made.kld_nats / real.mean - 1)
