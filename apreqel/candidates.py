@@ -203,7 +203,10 @@ def _result(trial: Trial, chosen: Trial) -> TrialResult:
 
 
 def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
-    """The stock map and the uniform one of least predicted damage at no more bytes."""
+    """The stock map and the uniform one of least predicted damage at no more bytes.
+
+    Without error feedback, as they are then written.
+    """
     inventory, sensitivity = planner.inventory, planner.sensitivity
     whole = solved.options
     n = len(whole.names) - (CACHES in whole.names)  # the KV cache comes last
@@ -214,6 +217,8 @@ def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str
         sizes=whole.sizes[:n],
         damages=whole.damages[:n],
     )
+    without = options.rows(lambda name, kind: whole.model.damage(name, kind, False).nats)
+    options = replace(options, damages=without)
     chosen = zip(options.sizes, solved.solution.choice, strict=False)
     data_bytes = sum(float(row[c]) for row, c in chosen)
     own = inventory.types

@@ -6,7 +6,7 @@ how types are chosen. The files are real, and so are the divergences and speeds 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -63,24 +63,16 @@ def strategies(
             made[label] = own | maps[best]
     solved(
         "error only",
-        _rows(options, lambda name, kind: sensitivity.tensors[name].errors.weights[kind]),
+        options.rows(lambda name, kind: sensitivity.tensors[name].errors.weights[kind]),
     )
     if profile is not None:
         scored = _layer_score(inventory, options, limit, profile)
         if scored is not None:
             made["layer score"] = own | _types(options, scored)
     first = _first_probes_alone(sensitivity)
-    solved("first order", _rows(options, lambda name, kind: first.damage(name, kind).nats))
+    solved("first order", options.rows(lambda name, kind: first.damage(name, kind).nats))
     solved("apreqel", options.damages)
     return made
-
-
-def _rows(options: Options, cost: Callable[[str, str], float]) -> list[Doubles]:
-    """A cost for every option (tensor, type); a tensor's own type costs nothing."""
-    return [
-        np.array([cost(name, kind) if d > 0 else 0.0 for kind, d in zip(kinds, row, strict=True)])
-        for name, kinds, row in zip(options.names, options.types, options.damages, strict=True)
-    ]
 
 
 def _first_probes_alone(sensitivity: Sensitivity) -> DamageModel:

@@ -38,6 +38,11 @@ _Z95 = 1.959964
 # Rounding in the engine's float32: a divergence below this is not told from none.
 _ENGINE_NOISE_NATS = 5e-7
 
+# What feedback takes off a tensor's output error comes off damage as this power of the ratio: it is
+# made good where activations are large, which is not all where it hurts. Eleven whole files of
+# SmolLM2-135M lay 0.2% off so, with a spread of 2.8%; by the ratio itself all are told 18% too low.
+_FEEDBACK_POWER = 0.5
+
 METRICS = ("kld", "perplexity")
 
 
@@ -174,7 +179,7 @@ class DamageModel:
 
     def _with_feedback(self, name: str, type_name: str, damage: Damage) -> Damage:
         """Of weights that are moved against rounding; what kernels lose stays."""
-        gain = self._gains.get(name, {}).get(type_name, 1.0)
+        gain = self._gains.get(name, {}).get(type_name, 1.0) ** _FEEDBACK_POWER
         kernel = min(damage.nats, self._kernel_part(name, type_name))
         return replace(damage, nats=kernel + gain * (damage.nats - kernel))
 

@@ -104,6 +104,8 @@ class Feedback:
             if (known := self._state.tensors.get(tensor.name))
             and (moved := [lookup(t) for t in known.errors.weights if self._is_moved(tensor, t)])
         }
+        if not kinds:
+            return {}
         self._require_factors([self._inventory.by_name[name] for name in kinds])
         found: dict[str, dict[str, float]] = {}
         text = probe_set(self._state.probe_tokens)

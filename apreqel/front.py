@@ -182,5 +182,5 @@ def _stock_point(
 ) -> FrontPoint:
     types = stock_map(inventory, sensitivity, preset)
     speed = profile.predict(inventory, types, depth, n_prompt=n_prompt) if profile else None
-    size, damage = stock_size(inventory, types), sensitivity.model.total(types)
+    size, damage = stock_size(inventory, types), sensitivity.model.total(types, feedback=False)
     return FrontPoint(preset, size, damage.nats, speed, types)

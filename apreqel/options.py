@@ -144,6 +144,14 @@ class Options:
         chosen = zip(self.names, self.types, solution.choice, strict=True)
         return {name: kinds[c] for name, kinds, c in chosen}
 
+    def rows(self, cost: Callable[[str, str], float]) -> list[Doubles]:
+        """A cost for every option (tensor, type); a tensor's own type costs nothing."""
+        options = zip(self.names, self.types, self.damages, strict=True)
+        return [
+            np.array([cost(name, t) if d > 0 else 0.0 for t, d in zip(kinds, row, strict=True)])
+            for name, kinds, row in options
+        ]
+
     def sum_of(self, rows: Sequence[Doubles], types: Mapping[str, str]) -> float:
         """The cost of a whole map; a type that is no option here counts as the cheapest."""
         total = 0.0

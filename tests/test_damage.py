@@ -152,7 +152,7 @@ def test_feedback_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_
     errors = {n: TensorErrors({"Q8_0": 3e-5, "Q4_0": 5e-3}, {"Q8_0": 1e-5}) for n in "ab"}
     places = {n: Place("ffn_up", i) for i, n in enumerate(errors)}
     probes = {n: {"Q8_0": steady(0.003), "Q4_0": steady(0.5)} for n in errors}
-    gains = {"a": {"Q8_0": 0.5, "Q4_0": 0.25}}
+    gains = {"a": {"Q8_0": 0.25, "Q4_0": 0.0625}}  # of the output error: half and a quarter of nats
     plain = DamageModel(errors, probes, places)
     with_it = DamageModel(errors, probes, places, gains=gains)
     # Q8_0's kernel adds a third to what its weights lose, 0.003; to Q4_0's 0.5 it adds 0.001.
@@ -167,7 +167,7 @@ def test_feedback_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_
 def test_real_files_with_feedback_tell_totals_of_files_with_feedback() -> None:
     probes = {f"t{i}": {"Q4_0": steady(0.01), "Q8_0": steady(1e-4)} for i in range(4)}
     types = dict.fromkeys(probes, "Q4_0")
-    gains = {name: dict.fromkeys(TYPES, 0.5) for name in probes}
+    gains = {name: dict.fromkeys(TYPES, 0.25) for name in probes}
     knots = [Knot(types, Estimate(0.03, 1e-3, 8)), Knot(types, Estimate(0.015, 1e-3, 8), True)]
     model = model_of(probes, knots=knots, gains=gains)
     assert model.total(types).nats == pytest.approx(0.015, rel=1e-2)
