@@ -26,7 +26,7 @@ from apreqel.errors import OutputError
 from apreqel.inventory import Inventory, read_inventory
 from apreqel.knapsack import Limit
 from apreqel.plan import Plan
-from apreqel.planner import Planner, Solved
+from apreqel.planner import Planner, Solved, stock_map
 from apreqel.qtypes import lookup
 from apreqel.request import PlanRequest
 from apreqel.sensitivity import Sensitivity
@@ -151,7 +151,7 @@ def test_a_bad_plan_gives_way_to_a_better_map(measured: Measured) -> None:
     Misled.least = 0.0
     with trials_in(measured) as trials:
         kept = candidates.confirmed_plan(stays, trials)
-    stock = planner.stock_map(inventory, state, "Q4_K_M")
+    stock = stock_map(inventory, state, "Q4_K_M")
     assert all(kept.types[t.name] == stock[t.name] for t in inventory.quantizable)
 
 
@@ -173,7 +173,7 @@ def test_the_source_itself_as_a_plan(measured: Measured) -> None:
 
 def test_limits_on_damage_are_held_as_measured(measured: Measured) -> None:
     inventory, _, state = measured
-    stock = planner.stock_map(inventory, state, "Q4_K_M")
+    stock = stock_map(inventory, state, "Q4_K_M")
     for request in (PlanRequest("memory"), PlanRequest("memory", max_kld_nats=0.004)):
         with trials_in(measured) as trials:
             floor = request.max_kld_nats or trials.measure("stock Q4_K_M", stock).kld.mean
