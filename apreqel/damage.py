@@ -411,6 +411,6 @@ def expected_gain(gap: Doubles, deviation: Doubles) -> Doubles:
 
     deviation = np.maximum(deviation, 1e-300)
     z = gap / deviation
-    density = np.exp(-0.5 * np.minimum(z * z, 1400)) / math.sqrt(2 * math.pi)
+    density = np.exp(-0.5 * np.square(np.minimum(np.abs(z), 37))) / math.sqrt(2 * math.pi)
     gain: Doubles = np.maximum(0.0, deviation * (density - z * ndtr(-z)))
     return gain

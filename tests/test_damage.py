@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -181,3 +182,6 @@ def test_expected_gain_is_the_mean_of_what_is_won() -> None:
         drawn = np.maximum(0, random.normal(-gap, deviation, 400_000)).mean()
         found = expected_gain(np.array([gap]), np.array([deviation]))[0]
         assert found == pytest.approx(drawn, rel=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # users would see numpy's
+        assert expected_gain(np.array([0.1]), np.array([0.0]))[0] < 1e-300
