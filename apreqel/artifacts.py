@@ -13,14 +13,18 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import IO, Any
+from types import UnionType
+from typing import IO, TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from apreqel import __version__
 from apreqel.errors import ArtifactError, LockedError, OutputError, printable
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 # Raised by one whenever a reader of the old layout would misread the new one.
 SCHEMA_VERSIONS = {
@@ -94,6 +98,61 @@ def load(path: Path, kind: str, model_sha256: str | None = None) -> tuple[Proven
             f"this model has {model_sha256[:12]}; use another --workdir or delete the file"
         )
     return provenance, data
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a step measured or decided, kept as an artifact of the kind that the class names."""
+
+    provenance: Provenance
+
+    KIND: ClassVar[str]
+
+    def save(self, path: Path) -> None:
+        """Raises OutputError."""
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
+        save(path, self.KIND, self.provenance, {name: plain(v) for name, v in data.items()})
+
+    @classmethod
+    def load(cls, path: Path, model_sha256: str | None = None) -> Self:
+        """Raises ArtifactError; `model_sha256` refuses another model's."""
+        provenance, data = load(path, cls.KIND, model_sha256)
+        with understood(f"{path}: {cls.KIND}"):
+            hints = get_type_hints(cls)
+            return cls(provenance, **{n: from_json(hints[n], v, n) for n, v in data.items()})
+
+
+def plain(value: Any) -> Any:
+    """Dataclasses as mappings, ready for JSON."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(v) for v in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(kind: Any, value: Any, where: str) -> Any:
+    """What `plain` made of a value of type `kind`, back. Raises TypeError, KeyError."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
+        hints = get_type_hints(kind)
+        return kind(**{n: from_json(hints[n], v, f"{where}.{n}") for n, v in value.items()})
+    if origin is UnionType:
+        for one in arguments:
+            with suppress(TypeError):
+                return from_json(one, value, where)
+    if origin is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is ... else arguments
+        return tuple(from_json(k, v, where) for k, v in zip(kinds, value, strict=True))
+    if origin in (list, Sequence) and isinstance(value, list):
+        return [from_json(arguments[0], v, where) for v in value]
+    if origin in (dict, Mapping) and isinstance(value, dict):
+        return {key: from_json(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
+    if kind is Any or (kind is float and type(value) is int) or type(value) is kind:
+        return value
+    raise TypeError(f"{where} is {printable(repr(value))}")
 
 
 @contextmanager

@@ -18,10 +18,10 @@ from apreqel.errors import ApreqelError, Interrupted, UsageError
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from apreqel.calibration import Text
     from apreqel.pipeline import Workspace
-    from apreqel.request import PlanRequest
-    from apreqel.sensitivity import Effort
+    from apreqel.plan.request import PlanRequest
+    from apreqel.sensitivity.calibration import Text
+    from apreqel.sensitivity.measure import Effort
 
 app = typer.Typer(
     add_completion=False,
@@ -141,7 +141,7 @@ def root(
 def inspect(model: Model, json: Json = False) -> None:
     """What a model holds: roles, shapes, legal types, exact bytes. Reads only headers."""
     from apreqel import console
-    from apreqel.inventory import find_model, read_inventory
+    from apreqel.model.inventory import find_model, read_inventory
 
     inventory = read_inventory(find_model(model))
     if json:
@@ -308,7 +308,12 @@ def explain(
 ) -> None:
     """Why tensors got their types: damage, bytes and seconds in each type, and close choices."""
     from apreqel import console, pipeline
-    from apreqel.explain import explain_tensor, nearest_exchange, nearest_exchanges, shares_by_role
+    from apreqel.plan.explain import (
+        explain_tensor,
+        nearest_exchange,
+        nearest_exchanges,
+        shares_by_role,
+    )
 
     solved, state, made, inventory = pipeline.explained(plan)
     if tensor is not None:
@@ -372,8 +377,8 @@ def verify(
 ) -> None:
     """Measure a file beside the original and stock presets, on text that calibration never saw."""
     from apreqel import console, pipeline
-    from apreqel.inventory import find_model
-    from apreqel.verify import VerifySettings
+    from apreqel.evaluate.verify import VerifySettings
+    from apreqel.model.inventory import find_model
 
     expected, original = _expected(gguf, model, plan)
     settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
@@ -408,8 +413,8 @@ def compare(
 ) -> None:
     """Other ways to choose types at the same size: uniform, stock, by error, by score, ours."""
     from apreqel import console, pipeline
-    from apreqel.request import size_from
-    from apreqel.verify import VerifySettings
+    from apreqel.evaluate.verify import VerifySettings
+    from apreqel.plan.request import size_from
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         report = pipeline.compare(
@@ -464,7 +469,7 @@ def auto(
 ) -> None:
     """Profile, probe, plan, quantise and verify, running only what is missing or stale."""
     from apreqel import console, pipeline
-    from apreqel.verify import VerifySettings
+    from apreqel.evaluate.verify import VerifySettings
 
     wishes = dict(locals())
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
@@ -514,14 +519,14 @@ def _reporter(quiet: bool) -> Any:
 
 
 def _effort(name: str, minutes: float | None) -> Effort:
-    from apreqel.sensitivity import effort_from
+    from apreqel.sensitivity.measure import effort_from
 
     return effort_from(name, minutes)
 
 
 def _check_together(wishes: Mapping[str, Any]) -> None:
     """Raise UsageError for options of `plan` that contradict each other, before any work."""
-    from apreqel.damage import METRICS
+    from apreqel.sensitivity.damage import METRICS
 
     metric = wishes["metric"]
     if metric not in METRICS:
@@ -542,22 +547,22 @@ def _check_together(wishes: Mapping[str, Any]) -> None:
 
 
 def _texts(paths: Sequence[Path] | None) -> list[Text]:
-    from apreqel import calibration
+    from apreqel.sensitivity import calibration
 
     return [calibration.read_text(p) for p in paths] if paths else calibration.bundled_texts()
 
 
 def _verify_text(path: Path | None) -> Text:
-    from apreqel import calibration
+    from apreqel.sensitivity import calibration
 
     return calibration.read_text(path) if path else calibration.heldout_text()
 
 
 def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
     """The options of `plan` and `auto`, by their names there. Raises UsageError."""
-    from apreqel import request
-    from apreqel.experts import require_count
-    from apreqel.options import parse_constraints
+    from apreqel.plan import request
+    from apreqel.plan.options import parse_constraints
+    from apreqel.sensitivity.experts import require_count
 
     prefer, limit, ram = wishes["prefer"], wishes["max_size"], wishes["max_ram"]
     if prefer not in request.PRIORITIES:
@@ -598,7 +603,7 @@ def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
 
 def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Any, str]:
     """The plan to check against, if any, and the original model."""
-    from apreqel.plan import Plan
+    from apreqel.plan.plan import Plan
 
     expected = Plan.load(plan) if plan else None
     original = model or (expected.model_files[0] if expected else None)

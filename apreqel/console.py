@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from apreqel.explain import Exchange, OptionPrice, RoleShare
-    from apreqel.front import Front
-    from apreqel.inventory import Inventory
+    from apreqel.device.profile import DeviceProfile, Range
+    from apreqel.evaluate.verify import Measured, VerificationReport
+    from apreqel.model.inventory import Inventory
     from apreqel.pipeline import Everything
-    from apreqel.plan import Plan
-    from apreqel.profile import DeviceProfile, Range
+    from apreqel.plan.explain import Exchange, OptionPrice, RoleShare
+    from apreqel.plan.front import Front
+    from apreqel.plan.plan import Plan
     from apreqel.quantize import QuantizedModel
-    from apreqel.sensitivity import Sensitivity
-    from apreqel.verify import Measured, VerificationReport
+    from apreqel.sensitivity.measure import Sensitivity
 
 # Without a terminal, a progress line this often: enough for a log, not a flood.
 _SECONDS_BETWEEN_LINES = 15.0
@@ -154,7 +154,7 @@ def inventory_json(inventory: Inventory) -> dict[str, Any]:
 
 def bytes_by_type(inventory: Inventory) -> dict[str, dict[str, int]]:
     """For each type: how many tensors can hold it, and the file's bytes with those in it."""
-    from apreqel.qtypes import registry
+    from apreqel.model.qtypes import registry
 
     result = {}
     for name in registry():
@@ -167,7 +167,7 @@ def bytes_by_type(inventory: Inventory) -> dict[str, dict[str, int]]:
 
 
 def show_inventory(inventory: Inventory) -> None:
-    from apreqel.qtypes import lookup
+    from apreqel.model.qtypes import lookup
 
     tied = "tied: the output head is the token embedding" if inventory.tied_embeddings else "untied"
     experts = f", {inventory.n_experts} experts" if inventory.n_experts else ""
@@ -211,8 +211,8 @@ def show_inventory(inventory: Inventory) -> None:
 
 def show_profile(profile: DeviceProfile, inventory: Inventory) -> None:
     """Predicted tokens/s of the model in each type, and what a token is made of."""
-    from apreqel.profile import dominated, type_speeds
-    from apreqel.qtypes import lookup
+    from apreqel.device.profile import dominated, type_speeds
+    from apreqel.model.qtypes import lookup
 
     _show_device(profile)
     speeds = type_speeds(profile, inventory)
@@ -247,7 +247,7 @@ def show_profile(profile: DeviceProfile, inventory: Inventory) -> None:
 
 
 def profile_json(profile: DeviceProfile, inventory: Inventory) -> dict[str, Any]:
-    from apreqel.profile import dominated, type_speeds
+    from apreqel.device.profile import dominated, type_speeds
 
     speeds = type_speeds(profile, inventory)
     return {
@@ -306,7 +306,7 @@ def _bar(part: float) -> str:
 
 def show_profiles(profiles: Sequence[tuple[str, Path]]) -> None:
     """Names for --device, with their files."""
-    from apreqel.profile import DeviceProfile
+    from apreqel.device.profile import DeviceProfile
 
     table = _table("name", "device", "threads", "models", "file")
     for name, path in profiles:
@@ -320,7 +320,7 @@ def show_profiles(profiles: Sequence[tuple[str, Path]]) -> None:
 
 
 def sensitivity_json(state: Sensitivity) -> dict[str, Any]:
-    from apreqel.sensitivity import report
+    from apreqel.sensitivity.measure import report
 
     return {
         "effort": state.effort,
@@ -349,7 +349,7 @@ def sensitivity_json(state: Sensitivity) -> dict[str, Any]:
 
 
 def show_sensitivity(state: Sensitivity, count: int = 12) -> None:
-    from apreqel.sensitivity import report
+    from apreqel.sensitivity.measure import report
 
     coverage, found = state.coverage, report(state)
     _print(

@@ -14,17 +14,11 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from apreqel import artifacts, calibration, candidates, kv_cache, quantize, recipes, timing
-from apreqel import compare as comparing
-from apreqel import front as fronts
-from apreqel import imatrix as imatrices
-from apreqel import profile as profiling
-from apreqel import refine as refining
-from apreqel import sensitivity as sensitivities
-from apreqel import trial as trying
-from apreqel import verify as verification
-from apreqel.calibration import Text
-from apreqel.device import default_threads
+from apreqel import artifacts, quantize
+from apreqel.device import profile as profiling
+from apreqel.device import timing
+from apreqel.device.machine import default_threads
+from apreqel.device.profile import DeviceProfile
 from apreqel.errors import (
     ApreqelError,
     ArtifactError,
@@ -33,19 +27,35 @@ from apreqel.errors import (
     OutputError,
     UsageError,
 )
-from apreqel.experts import ExpertUse, measure_experts
-from apreqel.feedback import Feedback
-from apreqel.front import Front
-from apreqel.imatrix import Imatrix
-from apreqel.inventory import DEMO, Inventory, find_model, read_inventory, require_float_source
-from apreqel.kv_cache import KvSensitivity
-from apreqel.plan import PLAN_FILE, Plan, encode_metadata, output_records
-from apreqel.planner import Planner, Solved, solve_request, with_longest_context
-from apreqel.profile import DeviceProfile
-from apreqel.request import PlanRequest, request_from, require_presets
-from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
-from apreqel.trial import Trials
-from apreqel.verify import VerificationReport, VerifySettings
+from apreqel.evaluate import confirm as candidates
+from apreqel.evaluate import real_files as trying
+from apreqel.evaluate import refine as refining
+from apreqel.evaluate import strategies as comparing
+from apreqel.evaluate import verify as verification
+from apreqel.evaluate.real_files import Trials
+from apreqel.evaluate.verify import VerificationReport, VerifySettings
+from apreqel.model import imatrix as imatrices
+from apreqel.model import recipes
+from apreqel.model.imatrix import Imatrix
+from apreqel.model.inventory import (
+    DEMO,
+    Inventory,
+    find_model,
+    read_inventory,
+    require_float_source,
+)
+from apreqel.plan import front as fronts
+from apreqel.plan.front import Front
+from apreqel.plan.plan import PLAN_FILE, Plan, encode_metadata, output_records
+from apreqel.plan.planner import Planner, Solved, solve_request, with_longest_context
+from apreqel.plan.request import PlanRequest, request_from, require_presets
+from apreqel.sensitivity import calibration, kv_cache
+from apreqel.sensitivity import measure as sensitivities
+from apreqel.sensitivity.calibration import Text
+from apreqel.sensitivity.experts import ExpertUse, measure_experts
+from apreqel.sensitivity.gptq import Feedback
+from apreqel.sensitivity.kv_cache import KvSensitivity
+from apreqel.sensitivity.measure import Effort, ProbeSettings, Sensitivity
 
 # (what is being done, steps done, steps in all)
 Progress = Callable[[str, int, int], None]

@@ -32,12 +32,12 @@ from apreqel.errors import (
     VerificationError,
     printable,
 )
-from apreqel.inventory import Inventory, Tensor, read_inventory, require_float_source
 from apreqel.llama import ggml_base_path
-from apreqel.qtypes import lookup
+from apreqel.model.inventory import Inventory, Tensor, read_inventory, require_float_source
+from apreqel.model.qtypes import lookup
 
 if TYPE_CHECKING:
-    from apreqel.imatrix import Imatrix
+    from apreqel.model.imatrix import Imatrix
 
 # enum failure in the C program
 _JOB, _IO, _DATA, _GGML, _EXISTS, _INTERRUPTED = range(20, 26)

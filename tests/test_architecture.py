@@ -1,4 +1,8 @@
-"""Dependencies point one way, heavy imports stay lazy, and only two modules print."""
+"""Rooms and floors: dependencies point down, heavy imports stay lazy, printing stays in its room.
+
+A folder is a room; rooms, and the files in a room, are listed from the ground up. Whatever is
+imported, also inside a function or for type checking only, must stand lower.
+"""
 
 from __future__ import annotations
 
@@ -7,85 +11,119 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 PACKAGE = Path(__file__).parent.parent / "apreqel"
 
-# A module may import modules of earlier lines only.
-ORDER = [
-    ["__init__"],
-    ["errors", "exchange"],
-    ["qtypes", "artifacts", "device", "metrics", "knapsack"],
-    ["gguf_header"],
-    ["inventory", "llama"],
-    ["calibration", "imatrix"],
-    ["quantize", "profile"],
-    ["timing", "memory", "recipes"],
-    ["probing"],
-    ["damage"],
-    ["sensitivity", "kv_cache"],
-    ["feedback"],
-    ["trial", "experts"],
-    ["options"],
-    ["request", "plan", "verify"],
-    ["planner"],
-    ["candidates", "refine"],
-    ["front", "explain", "compare"],
-    ["pipeline"],
-    ["console"],
-    ["cli"],
-    ["__main__"],
-]
-RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+# From the ground up; a room's files likewise.
+ROOMS: dict[str, list[str]] = {
+    "apreqel": [],
+    "errors": [],
+    "progress": [],
+    "artifacts": [],
+    "model": ["qtypes", "gguf_header", "inventory", "imatrix", "recipes"],
+    "llama": ["footprint", "kernels"],
+    "workspace": [],
+    "solver": ["local_search", "knapsack"],
+    "quantize": [],
+    "device": ["machine", "profile", "timing", "memory"],
+    "sensitivity": [
+        "calibration",
+        "metrics",
+        "imatrix_collection",
+        "bench",
+        "damage",
+        "measure",
+        "gptq",
+        "kv_cache",
+        "experts",
+    ],
+    "plan": ["options", "request", "plan", "planner", "explain", "front"],
+    "evaluate": ["real_files", "verify", "confirm", "refine", "strategies"],
+    "pipeline": [],
+    "console": [],
+    "cli": [],
+    "__main__": [],
+}
+MAY_PRINT = {"console", "cli"}
+MAY_USE_CTYPES = {"llama"}
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of apreqel that `path` imports at run time (type checking apart)."""
-    tree = ast.parse(path.read_text())
-    skipped = {
-        id(node)
-        for block in ast.walk(tree)
-        if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
-        for node in ast.walk(block)
-    }
+def place_of(parts: list[str]) -> tuple[str, ...]:
+    """('device', 'timing') of ['device', 'timing']; the room alone for its __init__."""
+    kept = [part for part in parts if part != "__init__"]
+    return tuple(kept) or ("apreqel",)
+
+
+def rank(place: tuple[str, ...]) -> tuple[int, int]:
+    files = ROOMS[place[0]]
+    return list(ROOMS).index(place[0]), files.index(place[1]) if len(place) > 1 else -1
+
+
+def imported(path: Path) -> set[tuple[str, ...]]:
+    """Places in apreqel that `path` imports, wherever in it that stands."""
     found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and id(node) not in skipped and node.module:
-            if node.module == "apreqel":
-                found |= {a.name for a in node.names if a.name in RANK}
-            elif node.module.startswith("apreqel."):
-                found.add(node.module.split(".")[1])
+    for node in ast.walk(ast.parse(path.read_text())):
+        names: list[list[str]] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            module = node.module.split(".")
+            names = [[*module, alias.name] for alias in node.names]
+        for name in names:
+            if name[0] != "apreqel":
+                continue
+            inside = [part for part in name[1:3] if is_module(name[1:], part)]
+            found.add(place_of(inside))
     return found
 
 
-def modules() -> dict[str, list[Path]]:
-    """Files by module; those of a folder share its place."""
-    found = {p.stem: [p] for p in PACKAGE.glob("*.py")}
-    return found | {
-        p.parent.name: list(p.parent.glob("*.py")) for p in PACKAGE.glob("*/__init__.py")
-    }
+def is_module(parts: list[str], part: str) -> bool:
+    """Whether a part of a dotted name is a module, or something defined in one."""
+    path = PACKAGE.joinpath(*parts[: parts.index(part) + 1])
+    return path.is_dir() or path.with_suffix(".py").exists()
 
 
-def test_every_module_has_its_place() -> None:
-    assert set(modules()) == set(RANK)
+def calls(path: Path, name: str) -> bool:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    return any(isinstance(n, ast.Call) and getattr(n.func, "id", "") == name for n in nodes)
 
 
-def test_dependencies_point_one_way() -> None:
-    for module, paths in modules().items():
-        for name in set().union(*(imported(path) for path in paths)) - {module}:
-            assert RANK[name] < RANK[module], f"{module} imports {name}"
+def place(path: Path) -> tuple[str, ...]:
+    return place_of(list(path.relative_to(PACKAGE).with_suffix("").parts))
 
 
-def test_only_console_and_cli_print() -> None:
-    for path in PACKAGE.glob("*.py"):
-        calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
-        prints = any(isinstance(c.func, ast.Name) and c.func.id == "print" for c in calls)
-        assert not prints or path.stem in ("console", "cli"), path
+def test_every_file_has_its_place() -> None:
+    listed = {(room,) for room in ROOMS} | {(r, f) for r, files in ROOMS.items() for f in files}
+    assert {place(path) for path in FILES} == listed
 
 
-def test_only_llama_touches_llama_cpp() -> None:
-    for path in PACKAGE.glob("*.py"):
-        text = path.read_text()
-        assert path.stem == "llama" or "import llama_cpp" not in text, path
-        assert path.stem == "llama" or "import ctypes" not in text, path
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_dependencies_point_down(path: Path) -> None:
+    own = place(path)
+    for other in imported(path) - {own, ("apreqel",)}:
+        assert rank(other) < rank(own), f"{own} imports {other}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_printing_and_ctypes_stay_in_their_rooms(path: Path) -> None:
+    room, text = place(path)[0], path.read_text()
+    # A file run as a process of its own answers on its stdout.
+    is_process = '__name__ == "__main__"' in text and room == "llama"
+    assert room in MAY_PRINT or is_process or not calls(path, "print")
+    for word in ("import ctypes", "from ctypes", "import llama_cpp", "from llama_cpp"):
+        assert room in MAY_USE_CTYPES or word not in text, word
+
+
+def test_no_file_is_too_long_and_no_function() -> None:
+    for path in FILES:
+        lines = path.read_text().count("\n")
+        assert lines <= 450, f"{path}: {lines} lines"
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                length = (node.end_lineno or 0) - node.lineno + 1
+                assert length <= 60, f"{path}: {node.name} has {length} lines"
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -9,28 +9,24 @@ import numpy as np
 import pytest
 from test_measurements import MEASURE, SHA, load_imatrix, texts
 
-from apreqel import (
-    calibration,
-    candidates,
-    knapsack,
-    llama,
-    pipeline,
-    plan,
-    probing,
-    quantize,
-    refine,
-    sensitivity,
-    trial,
-)
+from apreqel import llama, pipeline, quantize
 from apreqel.errors import OutputError
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.knapsack import Limit
-from apreqel.plan import Plan
-from apreqel.planner import Planner, Solved, stock_map
-from apreqel.qtypes import lookup
-from apreqel.request import PlanRequest
-from apreqel.sensitivity import Sensitivity
-from apreqel.trial import Trials
+from apreqel.evaluate import confirm as candidates
+from apreqel.evaluate import real_files as trial
+from apreqel.evaluate import refine
+from apreqel.evaluate.real_files import Trials
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import lookup
+from apreqel.plan import plan
+from apreqel.plan.plan import Plan
+from apreqel.plan.planner import Planner, Solved, stock_map
+from apreqel.plan.request import PlanRequest
+from apreqel.sensitivity import bench as probing
+from apreqel.sensitivity import calibration
+from apreqel.sensitivity import measure as sensitivity
+from apreqel.sensitivity.measure import Sensitivity
+from apreqel.solver import knapsack
+from apreqel.solver.knapsack import Limit
 
 Measured = tuple[Inventory, Path, Sensitivity]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import models
 
 from apreqel import errors
-from apreqel.inventory import read_inventory
+from apreqel.model.inventory import read_inventory
 
 SCRIPT = Path(sys.executable).with_name("apreqel")
 COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "apreqel"]

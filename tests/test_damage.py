@@ -8,9 +8,9 @@ import warnings
 import numpy as np
 import pytest
 
-from apreqel.damage import DamageModel, KernelLoss, Knot, Place, Probe, expected_gain
-from apreqel.metrics import Estimate
-from apreqel.probing import TensorErrors
+from apreqel.sensitivity.bench import TensorErrors
+from apreqel.sensitivity.damage import DamageModel, KernelLoss, Knot, Place, Probe, expected_gain
+from apreqel.sensitivity.metrics import Estimate
 
 TYPES = {"Q8_0": 3e-5, "Q6_K": 2e-4, "Q5_0": 1e-3, "Q4_0": 5e-3, "Q4_K": 5.5e-3, "Q3_K": 3e-2}
 

@@ -13,20 +13,23 @@ from test_cli import apreqel, expect
 from test_measurements import MEASURE, SHA, load_imatrix, texts
 from test_profile import made_up
 
-from apreqel import calibration, experts, front, llama, plan, planner, quantize, sensitivity
+from apreqel import llama, quantize
+from apreqel.device.profile import matrix_shape, signature
 from apreqel.errors import (
     ArtifactError,
     InfeasiblePlanError,
     UnsupportedModelError,
     UsageError,
 )
-from apreqel.experts import ExpertUse
-from apreqel.gguf_header import UINT32, encode_kv
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.metrics import Estimate, Reference, compare
-from apreqel.profile import matrix_shape, signature
-from apreqel.request import PlanRequest
-from apreqel.sensitivity import Sensitivity
+from apreqel.model.gguf_header import UINT32, encode_kv
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.plan import front, plan, planner
+from apreqel.plan.request import PlanRequest
+from apreqel.sensitivity import calibration, experts
+from apreqel.sensitivity import measure as sensitivity
+from apreqel.sensitivity.experts import ExpertUse
+from apreqel.sensitivity.measure import Sensitivity
+from apreqel.sensitivity.metrics import Estimate, Reference, compare
 
 KEY = "llama.expert_used_count"
 

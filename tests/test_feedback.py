@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from test_measurements import MEASURE, SHA, load_imatrix, texts
 
-from apreqel import feedback, llama, pipeline, quantize, sensitivity
+from apreqel import llama, pipeline, quantize
 from apreqel.errors import ArtifactError, EngineError
-from apreqel.feedback import Feedback
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.plan import Plan
-from apreqel.qtypes import lookup
-from apreqel.request import PlanRequest
-from apreqel.sensitivity import Sensitivity
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import lookup
+from apreqel.plan.plan import Plan
+from apreqel.plan.request import PlanRequest
+from apreqel.sensitivity import gptq as feedback
+from apreqel.sensitivity import measure as sensitivity
+from apreqel.sensitivity.gptq import Feedback
+from apreqel.sensitivity.measure import Sensitivity
 
 Measured = tuple[Inventory, Path, Sensitivity]
 

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from apreqel.errors import ModelFileError
-from apreqel.gguf_header import TensorRecord, encode_header, encode_kv, read_header
+from apreqel.model.gguf_header import TensorRecord, encode_header, encode_kv, read_header
 
 
 def string(text: str | bytes) -> bytes:

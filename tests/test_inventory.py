@@ -11,8 +11,13 @@ import pytest
 
 from apreqel import llama
 from apreqel.errors import ModelFileError, UnsupportedModelError
-from apreqel.inventory import keep_reason, read_inventory, require_float_source, role_and_layer
-from apreqel.qtypes import lookup, registry
+from apreqel.model.inventory import (
+    keep_reason,
+    read_inventory,
+    require_float_source,
+    role_and_layer,
+)
+from apreqel.model.qtypes import lookup, registry
 
 
 def test_roles_and_layers() -> None:

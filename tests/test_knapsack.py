@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from apreqel.errors import InfeasiblePlanError
-from apreqel.knapsack import Limit, solve
+from apreqel.solver.knapsack import Limit, solve
 
 
 def brute_force(costs: list, limits: list[Limit]) -> float:

@@ -14,24 +14,9 @@ import models
 import numpy as np
 import pytest
 
-from apreqel import (
-    calibration,
-    device,
-    imatrix,
-    kv_cache,
-    llama,
-    options,
-    plan,
-    planner,
-    probing,
-    qtypes,
-    quantize,
-    recipes,
-    sensitivity,
-    verify,
-)
+from apreqel import llama, quantize
 from apreqel.artifacts import Provenance
-from apreqel.calibration import Text
+from apreqel.device import machine as device
 from apreqel.errors import (
     ArtifactError,
     CalibrationError,
@@ -42,10 +27,17 @@ from apreqel.errors import (
     UsageError,
     VerificationError,
 )
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.qtypes import lookup
-from apreqel.request import PlanRequest, parse_size
-from apreqel.sensitivity import Effort, ProbeSettings, Sensitivity
+from apreqel.evaluate import verify
+from apreqel.model import imatrix, qtypes, recipes
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import lookup
+from apreqel.plan import options, plan, planner
+from apreqel.plan.request import PlanRequest, parse_size
+from apreqel.sensitivity import bench as probing
+from apreqel.sensitivity import calibration, imatrix_collection, kv_cache
+from apreqel.sensitivity import measure as sensitivity
+from apreqel.sensitivity.calibration import Text
+from apreqel.sensitivity.measure import Effort, ProbeSettings, Sensitivity
 
 SHA = "0" * 64
 SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128, probe_ctx=64)
@@ -287,11 +279,11 @@ def test_imatrix_equals_sums_taken_from_numpy(tmp_path: Path) -> None:
     path = models.build(tmp_path / "m.gguf", kind="F32")
     inventory = read_inventory(path)
     reader = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
-    collector = imatrix.ImatrixCollector(imatrix.n_matrices(inventory))
+    collector = imatrix_collection.ImatrixCollector(imatrix_collection.n_matrices(inventory))
     tokens = np.arange(128, dtype=np.int32).reshape(2, 64) % 250
     token_set = calibration.TokenSet.scored_from(0, "t", tokens)
     with llama.LoadedModel(path) as model, model.context(64, 1, 2, collector) as context:
-        collected = imatrix.collect(context, collector, token_set)
+        collected = imatrix_collection.collect(context, collector, token_set)
     x = reader["token_embd.weight"].reshape(-1, 256)[tokens.reshape(-1)].astype(np.float64)
     x /= np.sqrt((x**2).mean(axis=1, keepdims=True) + 1e-5)
     x *= reader["blk.0.attn_norm.weight"]

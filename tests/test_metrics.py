@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from apreqel.metrics import Comparison, Reference, compare, estimate, ratio_interval
+from apreqel.sensitivity.metrics import Comparison, Reference, compare, estimate, ratio_interval
 
 
 def logits(random: np.random.Generator, n: int, vocabulary: int, spread: float = 3) -> np.ndarray:

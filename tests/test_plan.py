@@ -11,18 +11,17 @@ import numpy as np
 import pytest
 from test_profile import attention, made_up, uniform
 
-from apreqel import compare, explain, front, llama, memory, options, planner, recipes, timing
+from apreqel import llama
 from apreqel.artifacts import Provenance
-from apreqel.damage import Place, Probe
+from apreqel.device import memory, timing
 from apreqel.errors import InfeasiblePlanError, UsageError
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.knapsack import Limit, solve
-from apreqel.kv_cache import KvSensitivity
-from apreqel.metrics import Estimate
-from apreqel.options import Constraints
-from apreqel.probing import TensorErrors
-from apreqel.qtypes import lookup
-from apreqel.request import (
+from apreqel.evaluate import strategies as compare
+from apreqel.model import recipes
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import lookup
+from apreqel.plan import explain, front, options, planner
+from apreqel.plan.options import Constraints
+from apreqel.plan.request import (
     PlanRequest,
     any_size,
     copied_pins,
@@ -30,7 +29,12 @@ from apreqel.request import (
     parse_weights,
     request_from,
 )
-from apreqel.sensitivity import Sensitivity, TensorSensitivity
+from apreqel.sensitivity.bench import TensorErrors
+from apreqel.sensitivity.damage import Place, Probe
+from apreqel.sensitivity.kv_cache import KvSensitivity
+from apreqel.sensitivity.measure import Sensitivity, TensorSensitivity
+from apreqel.sensitivity.metrics import Estimate
+from apreqel.solver.knapsack import Limit, solve
 
 TYPES = ("Q3_K", "Q4_0", "IQ4_NL", "Q4_K", "Q5_1", "Q6_K", "Q8_0")
 SECONDS = {  # decode and prefill per million weights: the slow ones are neither large nor small

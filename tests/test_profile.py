@@ -11,15 +11,17 @@ import jsonschema
 import numpy as np
 import pytest
 
-from apreqel import device, llama, memory, pipeline, profile, timing
+from apreqel import llama, pipeline
 from apreqel.artifacts import Provenance
-from apreqel.device import Device, doubts
+from apreqel.device import machine as device
+from apreqel.device import memory, profile, timing
+from apreqel.device.machine import Device, doubts
+from apreqel.device.profile import DeviceProfile, Kernel, Overhead, Reading
 from apreqel.errors import ArtifactError, UsageError
-from apreqel.inventory import Inventory, read_inventory
 from apreqel.llama.footprint import measure_footprint
 from apreqel.llama.kernels import HeadShape, KernelBench, MatrixShape
-from apreqel.profile import DeviceProfile, Kernel, Overhead, Reading
-from apreqel.qtypes import KV_TYPES, lookup
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import KV_TYPES, lookup
 
 SCHEMA = Path(__file__).parent.parent / "device_profiles" / "schema.json"
 

@@ -28,9 +28,9 @@ from apreqel.errors import (
     UsageError,
     VerificationError,
 )
-from apreqel.imatrix import Imatrix, ImatrixEntry
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.qtypes import registry
+from apreqel.model.imatrix import Imatrix, ImatrixEntry
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import registry
 
 QUANT_TYPES = [q.name for q in registry().values() if q.is_quantized and q.for_weights]
 
@@ -298,7 +298,7 @@ def test_kill_leaves_the_old_file_or_the_new(rows_576_model: Path, tmp_path: Pat
     inventory, output = read_inventory(rows_576_model), tmp_path / "o.gguf"
     script = (
         "import sys; from pathlib import Path; from apreqel import quantize\n"
-        "from apreqel.inventory import read_inventory\n"
+        "from apreqel.model.inventory import read_inventory\n"
         "i = read_inventory(Path(sys.argv[1]))\n"
         "t = {t.name: 'Q5_1' if t.keep_reason is None else t.qtype.name for t in i.tensors}\n"
         "print('go', flush=True); quantize.quantize_model(i, t, Path(sys.argv[2]), force=True)"

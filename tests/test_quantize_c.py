@@ -12,8 +12,8 @@ import pytest
 from test_quantize import made_up_imatrix, tensor_bytes, uniform
 
 from apreqel import quantize
-from apreqel.imatrix import Imatrix
-from apreqel.inventory import read_inventory
+from apreqel.model.imatrix import Imatrix
+from apreqel.model.inventory import read_inventory
 
 SOURCE = Path(__file__).parent.parent / "tools" / "apreqel-quantize.c"
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")

@@ -27,7 +27,7 @@ import numpy.typing as npt
 from apreqel.errors import EngineError, UnsupportedModelError, printable
 
 if TYPE_CHECKING:
-    from apreqel.qtypes import QuantType
+    from apreqel.model.qtypes import QuantType
 
 Floats = npt.NDArray[np.float32]
 Tokens = npt.NDArray[np.int32]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from apreqel import llama
 from apreqel.errors import EngineError
-from apreqel.qtypes import lookup
+from apreqel.model.qtypes import lookup
 
 # What one run takes at most before something is wrong with it.
 _SECONDS_AT_MOST = 600

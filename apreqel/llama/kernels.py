@@ -27,7 +27,7 @@ from apreqel import llama
 from apreqel.errors import EngineError
 
 if TYPE_CHECKING:
-    from apreqel.qtypes import QuantType
+    from apreqel.model.qtypes import QuantType
 
 Bytes = npt.NDArray[np.uint8]
 

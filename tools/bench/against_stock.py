@@ -14,11 +14,15 @@ from pathlib import Path
 
 import numpy as np
 
-from apreqel import calibration, candidates, pipeline, planner, quantize, verify
+from apreqel import pipeline, quantize
 from apreqel.console import Reporter
-from apreqel.metrics import estimate, ratio_interval
-from apreqel.request import PlanRequest
-from apreqel.trial import on_text
+from apreqel.evaluate import confirm as candidates
+from apreqel.evaluate import verify
+from apreqel.evaluate.real_files import on_text
+from apreqel.plan import planner
+from apreqel.plan.request import PlanRequest
+from apreqel.sensitivity import calibration
+from apreqel.sensitivity.metrics import estimate, ratio_interval
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 

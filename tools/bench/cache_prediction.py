@@ -15,10 +15,10 @@ from statistics import median
 
 from apreqel import llama
 from apreqel.console import Reporter
-from apreqel.device import default_threads, pinned
-from apreqel.inventory import read_inventory
-from apreqel.qtypes import lookup
-from apreqel.timing import forget_pages, measure_profile
+from apreqel.device.machine import default_threads, pinned
+from apreqel.device.timing import forget_pages, measure_profile
+from apreqel.model.inventory import read_inventory
+from apreqel.model.qtypes import lookup
 
 _ANSWER = 32
 _PAIRS = ("F16/F16", "Q8_0/Q8_0", "Q8_0/Q5_0", "F16/Q4_0", "BF16/IQ4_NL")

@@ -13,9 +13,12 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
-from apreqel import calibration, pipeline, planner, verify
+from apreqel import pipeline
 from apreqel.console import Reporter
-from apreqel.request import PlanRequest, parse_workload
+from apreqel.evaluate import verify
+from apreqel.plan import planner
+from apreqel.plan.request import PlanRequest, parse_workload
+from apreqel.sensitivity import calibration
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from speed_prediction import mixed_plans
 
-from apreqel import memory, pipeline, profile, timing
-from apreqel.inventory import read_inventory
+from apreqel import pipeline
+from apreqel.device import memory, profile, timing
 from apreqel.llama.footprint import measure_footprint
+from apreqel.model.inventory import read_inventory
 
 
 def main() -> None:

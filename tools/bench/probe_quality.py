@@ -16,11 +16,14 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from apreqel import calibration, llama, pipeline, probing, timing
-from apreqel.calibration import TokenSet
+from apreqel import llama, pipeline
 from apreqel.console import Reporter
-from apreqel.qtypes import lookup
-from apreqel.sensitivity import ProbeSettings
+from apreqel.device import timing
+from apreqel.model.qtypes import lookup
+from apreqel.sensitivity import bench as probing
+from apreqel.sensitivity import calibration
+from apreqel.sensitivity.calibration import TokenSet
+from apreqel.sensitivity.measure import ProbeSettings
 
 
 def main() -> None:

@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from apreqel import llama, quantize
-from apreqel.gguf_header import STRING, UINT32, TensorRecord, encode_header, encode_kv
-from apreqel.imatrix import Imatrix, ImatrixEntry
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.qtypes import lookup
+from apreqel.model.gguf_header import STRING, UINT32, TensorRecord, encode_header, encode_kv
+from apreqel.model.imatrix import Imatrix, ImatrixEntry
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import lookup
 
 
 def synthetic(path: Path, megabytes: int) -> Path:

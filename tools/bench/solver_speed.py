@@ -12,7 +12,7 @@ import argparse
 
 import numpy as np
 
-from apreqel.knapsack import Limit, solve
+from apreqel.solver.knapsack import Limit, solve
 
 
 def main() -> None:

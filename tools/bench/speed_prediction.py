@@ -16,10 +16,10 @@ from statistics import median
 
 from apreqel import quantize
 from apreqel.console import Reporter
-from apreqel.device import default_threads
-from apreqel.inventory import Inventory, read_inventory
-from apreqel.qtypes import lookup
-from apreqel.timing import RealRun, measure_profile, timed_types
+from apreqel.device.machine import default_threads
+from apreqel.device.timing import RealRun, measure_profile, timed_types
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import lookup
 
 
 def mixed_plans(inventory: Inventory, count: int) -> dict[str, dict[str, str]]:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from apreqel import pipeline, planner
+from apreqel import pipeline
 from apreqel.console import Reporter
-from apreqel.request import PlanRequest
+from apreqel.plan import planner
+from apreqel.plan.request import PlanRequest
 
 
 def main() -> None:

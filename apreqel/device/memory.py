@@ -1,0 +1,93 @@
+"""What a model takes of a device's memory when llama.cpp runs it: predicted for any map of types.
+
+Weights are the file's own map, plus a copy of every tensor that this CPU keeps in another layout
+(`--no-mmap` drops the first part of those again). The KV cache is what llama.cpp itself accounts
+for; vocabulary and touched buffers were measured with the device profile, at two contexts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from apreqel import llama
+from apreqel.errors import UsageError
+from apreqel.model.qtypes import lookup
+
+if TYPE_CHECKING:
+    from apreqel.device.profile import DeviceProfile
+    from apreqel.model.inventory import Inventory
+
+DEFAULT_CONTEXT = 4096
+
+
+@dataclass(frozen=True)
+class MemoryUse:
+    """Bytes at the peak of a run with the whole context filled."""
+
+    n_ctx: int
+    file_bytes: int
+    copied_bytes: int
+    kv_bytes: int
+    rest_bytes: int  # vocabulary, compute and output buffers as far as they are touched
+
+    @property
+    def total_bytes(self) -> int:
+        return self.file_bytes + self.copied_bytes + self.kv_bytes + self.rest_bytes
+
+    @property
+    def without_map_bytes(self) -> int:
+        """The same with --no-mmap: nothing is held twice."""
+        return self.total_bytes - self.copied_bytes
+
+
+def rest_bytes(profile: DeviceProfile, inventory: Inventory, n_ctx: int) -> int:
+    """What a run takes beside weights and KV cache.
+
+    Raises UsageError where the model was not profiled on that device.
+    """
+    if not profile.covers(inventory):
+        raise UsageError(
+            f"device profile {profile.name}: never ran {inventory.name}, so that its memory is "
+            "unknown; run apreqel profile MODEL on that device"
+        )
+    overhead = profile.overhead(inventory)
+    return int(overhead.memory_rest + overhead.memory_per_context * n_ctx)
+
+
+def cache_bytes(
+    inventory: Inventory, n_ctx: int, types: Sequence[str] = ("F16", "F16")
+) -> tuple[float, float]:
+    """Bytes of the K and of the V cache, as llama.cpp accounts for them. Raises EngineError."""
+    k, v = (lookup(kind) for kind in types)
+    found = llama.memory_accounting(inventory.files[0], n_ctx, k, v)
+    # Some architectures state only the sum.
+    both = (found["k"], found["v"]) if found["k"] else (found["kv"] / 2, found["kv"] / 2)
+    return float(both[0]), float(both[1])
+
+
+def memory_use(
+    profile: DeviceProfile,
+    inventory: Inventory,
+    types: Mapping[str, str],
+    file_bytes: int,
+    n_ctx: int,
+    cache_types: Sequence[str] = ("F16", "F16"),
+) -> MemoryUse:
+    """The memory of a file of `file_bytes` with these types. Raises UsageError, EngineError."""
+    copied = sum(
+        lookup(types[t.name]).size_bytes(t.shape)
+        for t in inventory.quantizable
+        if profile.is_repacked(t, inventory, types[t.name])
+    )
+    kv = int(sum(cache_bytes(inventory, n_ctx, cache_types)))
+    return MemoryUse(n_ctx, file_bytes, copied, kv, rest_bytes(profile, inventory, n_ctx))
+
+
+def usable_context(inventory: Inventory, wanted: int | None) -> int:
+    """The context to reckon with: as wanted, or 4096, or what the model was trained for."""
+    trained = inventory.context_length or DEFAULT_CONTEXT
+    if wanted is not None and wanted > trained:
+        raise UsageError(f"--ctx {wanted}: the model was trained for {trained} tokens")
+    return wanted or min(DEFAULT_CONTEXT, trained)

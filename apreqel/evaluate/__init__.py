@@ -1,0 +1,1 @@
+"""Whole files, measured as llama.cpp runs them."""

@@ -1,0 +1,162 @@
+"""The importance matrix: mean squared activation per column of every weight matrix.
+
+Read and written in llama.cpp's GGUF format (tools/imatrix/imatrix.cpp).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from apreqel.artifacts import write_atomically
+from apreqel.errors import CalibrationError, printable
+from apreqel.model.gguf_header import TensorRecord, encode_header, encode_kv, read_header
+
+if TYPE_CHECKING:
+    from apreqel.model.inventory import Inventory
+
+Floats = npt.NDArray[np.float32]
+
+_SUMS, _COUNTS = ".in_sum2", ".counts"
+_STRING, _ARRAY, _UINT32 = 8, 9, 4  # GGUF value types
+_F32 = 0
+_ALIGNMENT = 32
+
+
+@dataclass(frozen=True)
+class ImatrixEntry:
+    """Sums of squared activations [matrices, row length] over `counts` [matrices] tokens."""
+
+    sums: Floats
+    counts: Floats
+
+
+@dataclass(frozen=True)
+class Imatrix:
+    entries: Mapping[str, ImatrixEntry]
+    datasets: Sequence[str] = ()
+    n_chunks: int = 0
+    chunk_size: int = 512
+    _cache: dict[str, Floats] = field(default_factory=dict, repr=False, compare=False)
+
+    def weights(self, name: str) -> Floats | None:
+        """Mean squared activations, flat [matrices x row length], or None where never seen.
+
+        An expert that was never chosen weighs 1 everywhere, as in llama.cpp. A column that was
+        always zero takes the smallest weight seen in its matrix: ggml divides by these.
+        """
+        entry = self.entries.get(name)
+        if entry is None:
+            return None
+        if name not in self._cache:
+            seen = entry.counts > 0
+            mean = np.ones_like(entry.sums)
+            mean[seen] = entry.sums[seen] / entry.counts[seen, None]
+            for row in mean:
+                if not row.all():
+                    row[row == 0] = row[row > 0].min() if row.any() else 1.0
+            self._cache[name] = np.ascontiguousarray(mean.reshape(-1), np.float32)
+        return self._cache[name]
+
+    @cached_property
+    def coverage(self) -> Coverage:
+        zero = sum(int((e.sums[e.counts > 0] == 0).sum()) for e in self.entries.values())
+        unseen = sum(int((e.counts == 0).sum()) for e in self.entries.values())
+        experts = sum(e.counts.size for e in self.entries.values() if e.counts.size > 1)
+        return Coverage(len(self.entries), zero, unseen, experts)
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """How much of the model the calibration text reached."""
+
+    n_tensors: int
+    n_zero_columns: int
+    n_unseen_experts: int
+    n_experts: int
+
+
+# --- llama.cpp's file ----------------------------------------------------------------------------
+
+
+def write_imatrix(path: Path, imatrix: Imatrix) -> None:
+    """Write the GGUF that llama-quantize --imatrix reads. Raises OutputError."""
+    metadata = [
+        encode_kv("general.type", _STRING, "imatrix"),
+        encode_kv("imatrix.datasets", _ARRAY, list(imatrix.datasets)),
+        encode_kv("imatrix.chunk_count", _UINT32, imatrix.n_chunks),
+        encode_kv("imatrix.chunk_size", _UINT32, imatrix.chunk_size),
+    ]
+    records, blocks, offset = [], [], 0
+    for name, entry in sorted(imatrix.entries.items()):
+        matrices, row_length = entry.sums.shape
+        for suffix, shape, values in (
+            (_SUMS, (row_length, matrices), entry.sums),
+            (_COUNTS, (1, matrices), entry.counts),
+        ):
+            records.append(TensorRecord(name + suffix, shape, _F32, offset))
+            raw = np.ascontiguousarray(values, "<f4").tobytes()
+            raw += b"\0" * (-len(raw) % _ALIGNMENT)
+            blocks.append(raw)
+            offset += len(raw)
+    write_atomically(path, encode_header(metadata, records, _ALIGNMENT) + b"".join(blocks))
+
+
+def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
+    """Read and check a GGUF imatrix against the model. Raises ModelFileError, CalibrationError."""
+    header = read_header(path)
+    if header.get("general.type") != "imatrix":
+        raise CalibrationError(
+            f"{path}: field general.type is {header.get('general.type')!r}, not 'imatrix'; "
+            "give an imatrix GGUF (llama-imatrix writes one)"
+        )
+    raw: dict[str, Floats] = {}
+    with open(path, "rb") as file:
+        for record in header.tensors:
+            if record.ggml_type != _F32:
+                raise CalibrationError(f"{path}: tensor {printable(record.name)} is not F32")
+            count = int(np.prod(record.shape))
+            file.seek(header.data_start + record.offset)
+            values = np.frombuffer(file.read(4 * count), "<f4").astype(np.float32)
+            if not np.isfinite(values).all():
+                raise CalibrationError(
+                    f"{path}: tensor {printable(record.name)} holds NaN or Inf; collect it again"
+                )
+            raw[record.name] = values.reshape(record.shape[::-1])
+    entries: dict[str, ImatrixEntry] = {}
+    for key, sums in raw.items():
+        if not key.endswith(_SUMS):
+            continue
+        name = key[: -len(_SUMS)]
+        counts = raw.get(name + _COUNTS)
+        tensor = inventory.by_name.get(name)
+        if tensor is None:
+            raise CalibrationError(
+                f"{path}: tensor {printable(name)} is not in the model; this is another model's "
+                "imatrix"
+            )
+        expected = (tensor.n_experts, tensor.row_length)
+        if counts is None or sums.reshape(-1, sums.shape[-1]).shape != expected:
+            raise CalibrationError(
+                f"{path}: tensor {printable(name)} has {sums.size} values, the model needs "
+                f"{expected[0]} x {expected[1]}; this is another model's imatrix"
+            )
+        if counts.size not in (1, tensor.n_experts) or (sums < 0).any():
+            raise CalibrationError(f"{path}: tensor {printable(name)} has damaged sums or counts")
+        full = np.broadcast_to(counts.reshape(-1), (tensor.n_experts,)).copy()
+        entries[name] = ImatrixEntry(sums.reshape(expected), full)
+    if not entries:
+        raise CalibrationError(f"{path}: holds no *.in_sum2 tensors; not a usable imatrix")
+    datasets = header.get("imatrix.datasets")
+    return Imatrix(
+        entries,
+        tuple(map(str, datasets)) if isinstance(datasets, list) else (),
+        header.integer("imatrix.chunk_count"),
+        header.integer("imatrix.chunk_size", 512),
+    )

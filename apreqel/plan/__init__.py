@@ -1,0 +1,1 @@
+"""What is asked, what may be chosen, what was chosen and why."""

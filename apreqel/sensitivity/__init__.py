@@ -1,0 +1,1 @@
+"""How much the model suffers from each tensor in each quant type."""

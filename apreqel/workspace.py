@@ -1,0 +1,61 @@
+"""A model, the folder for everything measured on it, and how work on it is done.
+
+Nearly every step needs these together, so they travel as one value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from apreqel import artifacts
+from apreqel.errors import UsageError
+from apreqel.model.inventory import (
+    DEMO,
+    Inventory,
+    find_model,
+    read_inventory,
+    require_float_source,
+)
+from apreqel.progress import Progress, silent
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """`sha256` is the model's; everything measured on it is kept in `folder`."""
+
+    inventory: Inventory
+    sha256: str
+    folder: Path
+    n_threads: int = 1
+    tune_threads: bool = False  # whether a device profile may find a better number of them
+    allow_requantize: bool = False
+    progress: Progress = silent
+
+    @property
+    def model(self) -> Path:
+        return self.inventory.files[0]
+
+
+@contextmanager
+def opened(
+    name: str, folder: Path | None, *, allow_requantize: bool, progress: Progress = silent
+) -> Iterator[Workspace]:
+    """Read the model, take its work folder (`MODEL.apreqel` beside it) and lock that.
+
+    Raises ModelFileError, UnsupportedModelError, UsageError, LockedError, OutputError.
+    """
+    model = find_model(name)
+    inventory = read_inventory(model)
+    require_float_source(inventory, allow_requantize)
+    if not inventory.quantizable:
+        raise UsageError(f"{model}: holds no tensor that can be quantised")
+    beside = Path.cwd() if name == DEMO else model.parent
+    folder = folder or beside / f"{model.name}.apreqel"
+    with artifacts.lock(folder / ".lock"):
+        sha256 = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
+        yield Workspace(
+            inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
+        )
