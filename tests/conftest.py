@@ -8,6 +8,8 @@ from pathlib import Path
 import models
 import pytest
 
+pytest.register_assert_rewrite("support")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def data_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:

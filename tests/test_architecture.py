@@ -126,6 +126,21 @@ def test_no_file_is_too_long_and_no_function() -> None:
                 assert length <= 60, f"{path}: {node.name} has {length} lines"
 
 
+def test_test_files_stand_alone() -> None:
+    files = sorted(Path(__file__).parent.glob("test_*.py"))
+    others = {path.stem for path in files}
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text())):
+            names: list[str] = []
+            if isinstance(node, ast.Import):
+                names = [alias.name for alias in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                # Also `from . import test_x` and `from tests import test_x`.
+                names = [node.module or "", *(alias.name for alias in node.names)]
+            for name in names:
+                assert name.split(".")[-1] not in others, f"{path.name} imports {name}"
+
+
 def test_help_imports_nothing_heavy() -> None:
     code = (
         "import sys\nfrom apreqel import cli\n"

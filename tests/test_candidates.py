@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_measurements import MEASURE, SHA, load_imatrix, texts
+from support import (
+    SHORT,
+    Measured,
+    divergences,
+    load_imatrix,
+    log_probabilities,
+    measure,
+    texts,
+    uniform,
+    workspace,
+)
 
 from apreqel import llama, pipeline, quantize
 from apreqel.errors import OutputError
@@ -15,7 +25,7 @@ from apreqel.evaluate import confirm as candidates
 from apreqel.evaluate import real_files as trial
 from apreqel.evaluate import refine
 from apreqel.evaluate.real_files import Trials
-from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.inventory import read_inventory
 from apreqel.model.qtypes import lookup
 from apreqel.plan import plan
 from apreqel.plan.plan import Plan
@@ -23,18 +33,14 @@ from apreqel.plan.planner import Planner, Solved, stock_map
 from apreqel.plan.request import PlanRequest
 from apreqel.sensitivity import bench as probing
 from apreqel.sensitivity import calibration
-from apreqel.sensitivity import measure as sensitivity
-from apreqel.sensitivity.measure import Sensitivity
 from apreqel.solver import knapsack
 from apreqel.solver.knapsack import Limit
-
-Measured = tuple[Inventory, Path, Sensitivity]
 
 
 @pytest.fixture(scope="module")
 def measured(llama_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     inventory, folder = read_inventory(llama_model), tmp_path_factory.mktemp("candidates")
-    return inventory, folder, sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
+    return inventory, folder, measure(inventory, folder)
 
 
 def trials_in(measured: Measured) -> Trials:
@@ -49,8 +55,7 @@ def planner(measured: Measured, request: PlanRequest) -> Planner:
 
 def test_a_trial_is_what_llama_cpp_gives(measured: Measured, tmp_path: Path) -> None:
     inventory, folder, state = measured
-    own = {t.name: t.qtype.name for t in inventory.tensors}
-    types = own | {t.name: "Q4_0" for t in inventory.quantizable}
+    types = uniform(inventory, "Q4_0")
     with trials_in(measured) as trials:
         found = trials.measure("uniform Q4_0", types)
     path = tmp_path / "q.gguf"
@@ -65,11 +70,9 @@ def test_a_trial_is_what_llama_cpp_gives(measured: Measured, tmp_path: Path) -> 
         b.context(128, 1, 2) as q_context,
     ):
         for chunk in tokens:
-            p = p_context.evaluate(chunk[None], scored).astype(np.float64)
-            q = q_context.evaluate(chunk[None], scored).astype(np.float64)
-            p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
-            q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
-            klds.append(float((np.exp(p) * (p - q)).sum(axis=1).mean()))
+            p = log_probabilities(p_context.evaluate(chunk[None], scored))
+            q = log_probabilities(q_context.evaluate(chunk[None], scored))
+            klds.append(float(divergences(p, q).mean()))
     assert found.kld_by_chunk == pytest.approx(klds, rel=2e-3)
     assert not list(folder.glob("trial-*")) and not list(folder.glob("text-*"))
     # Measured once: another one neither evaluates nor writes a model.
@@ -82,7 +85,7 @@ def test_a_trial_is_what_llama_cpp_gives(measured: Measured, tmp_path: Path) -> 
 def test_text_for_trials_is_kept_apart(measured: Measured) -> None:
     inventory, _, state = measured
     with llama.LoadedModel(inventory.files[0]) as model:
-        split = MEASURE["settings"].split(model, texts())  # type: ignore[attr-defined]
+        split = SHORT.split(model, texts())
         heldout = calibration.verification_set(model, calibration.heldout_text(), 128, 500)
     assert state.check_tokens == split.check.tokens.tolist()
     checked = {bytes(np.array(row[:64], np.int32)) for row in state.check_tokens}
@@ -160,9 +163,7 @@ def test_the_source_itself_as_a_plan(measured: Measured) -> None:
     ):
         with trials_in(measured) as trials:
             made = candidates.confirmed_plan(planner(measured, request), trials)
-        assert made.kld_nats == 0 and all(
-            made.types[t.name] == t.qtype.name for t in inventory.tensors
-        )
+        assert made.kld_nats == 0 and dict(made.types) == inventory.types
         made.save(folder / "exact.json")
         assert plan.Plan.load(folder / "exact.json").trials[0].ratio == 1.0
 
@@ -237,7 +238,7 @@ def test_few_bits_are_refined_unasked(measured: Measured, monkeypatch: pytest.Mo
     assert refine.is_worthwhile(few, few.plan()) and not refine.is_worthwhile(many, many.plan())
     knee = planner(measured, PlanRequest("balanced", target_bpw=3.5))
     assert not refine.is_worthwhile(knee, few.plan())
-    space = pipeline.Workspace(inventory, SHA, folder, 2, False, True, lambda *_: None)
+    space = workspace(inventory, folder)
     imatrix = pipeline.load_imatrix(space)
     made, path = pipeline.plan(space, few.request, state, imatrix, None)
     assert any("exchanges around the plan were probed" in note for note in made.notes)

@@ -7,38 +7,17 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import models
+from support import COMMAND, apreqel, expect, uniform
 
 from apreqel import errors
 from apreqel.model.inventory import read_inventory
 
-SCRIPT = Path(sys.executable).with_name("apreqel")
-COMMAND = [str(SCRIPT)] if SCRIPT.exists() else [sys.executable, "-m", "apreqel"]
 README = Path(__file__).parent.parent / "README.md"
 PROFILES = Path(__file__).parent.parent / "device_profiles"
-
-
-def apreqel(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        timeout=600,
-    )
-
-
-def expect(code: int, message: str, *arguments: object) -> None:
-    done = apreqel(*arguments)
-    assert done.returncode == code, done.stderr
-    assert done.stdout == ""
-    lines = [line for line in done.stderr.splitlines() if line.startswith("apreqel: ")]
-    assert len(lines) == 1 and message in lines[0], done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_help_and_version() -> None:
@@ -122,7 +101,7 @@ def test_inspect(rows_576_model: Path, split_model: list[Path]) -> None:
     inventory = read_inventory(rows_576_model)
     assert data["size_bytes"] == rows_576_model.stat().st_size
     assert len(data["tensors"]) == len(inventory.tensors)
-    types = {t.name: "Q8_0" if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
+    types = uniform(inventory, "Q8_0")
     assert data["bytes_by_type"]["Q8_0"]["file_bytes"] == inventory.output_size(types)
     assert "split into 3 files" in apreqel("inspect", split_model[0]).stdout
 
@@ -138,7 +117,7 @@ def test_the_whole_way_and_nothing_twice(rows_576_model: Path, tmp_path: Path) -
     assert output.stat().st_size == result["plan"]["size_bytes"]
     labels = [row["label"] for row in result["report"]["files"]]
     assert labels == ["original", "apreqel", "stock Q4_K_M"]
-    written = {t.name: t.qtype.name for t in read_inventory(output).tensors}
+    written = read_inventory(output).types
     assert written == result["plan"]["types"]
     # Again: nothing is measured anew, the result is the same.
     changed = output.stat().st_mtime_ns

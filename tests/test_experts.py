@@ -9,9 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_cli import apreqel, expect
-from test_measurements import MEASURE, SHA, load_imatrix, texts
-from test_profile import made_up
+from support import SHA, Measured, apreqel, expect, load_imatrix, made_up, measure, texts
 
 from apreqel import llama, quantize
 from apreqel.device.profile import matrix_shape, signature
@@ -26,21 +24,16 @@ from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.plan import front, plan, planner
 from apreqel.plan.request import PlanRequest
 from apreqel.sensitivity import calibration, experts
-from apreqel.sensitivity import measure as sensitivity
 from apreqel.sensitivity.experts import ExpertUse
-from apreqel.sensitivity.measure import Sensitivity
 from apreqel.sensitivity.metrics import Estimate, Reference, compare
 
 KEY = "llama.expert_used_count"
 
 
 @pytest.fixture(scope="module")
-def probed(
-    moe_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Inventory, Path, Sensitivity]:
+def probed(moe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     inventory, folder = read_inventory(moe_model), tmp_path_factory.mktemp("experts")
-    state = sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
-    return inventory, folder, state
+    return inventory, folder, measure(inventory, folder)
 
 
 def measured(inventory: Inventory, folder: Path, used: int, **options: object) -> ExpertUse:
@@ -134,9 +127,7 @@ def test_counts_that_cannot_be(moe_model: Path, llama_model: Path, tmp_path: Pat
 # --- plans ---------------------------------------------------------------------------------------
 
 
-def test_the_file_runs_as_planned(
-    probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path
-) -> None:
+def test_the_file_runs_as_planned(probed: Measured, tmp_path: Path) -> None:
     inventory, folder, state = probed
     use, weights = measured(inventory, folder, 1), load_imatrix(folder, inventory)
     request = PlanRequest(target_bpw=9.0, experts_used=1)
@@ -160,13 +151,13 @@ def test_the_file_runs_as_planned(
     assert divergence(found, fewer) < 0.5 * divergence(found, own)
     # With the weights untouched it is that very model.
     untouched = tmp_path / "untouched.gguf"
-    types = {t.name: t.qtype.name for t in inventory.tensors}
+    types = inventory.types
     record = encode_kv(KEY, UINT32, 1)
     quantize.quantize_model(inventory, types, untouched, extra_metadata=[record])
     assert np.array_equal(logits(untouched), fewer) and not np.array_equal(own, fewer)
 
 
-def test_damage_counts_in_limits(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+def test_damage_counts_in_limits(probed: Measured) -> None:
     inventory, folder, state = probed
     use = ExpertUse(1, 2, 4, Estimate(0.2, 0.01, 100))
 
@@ -194,7 +185,7 @@ def test_damage_counts_in_limits(probed: tuple[Inventory, Path, Sensitivity]) ->
     assert folder
 
 
-def test_speed_is_of_the_count(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+def test_speed_is_of_the_count(probed: Measured) -> None:
     inventory, folder, state = probed
     profile = made_up(inventory, dict.fromkeys(("F16", "Q8_0", "Q4_K", "Q6_K"), (4.0, 1.0)))
     use = ExpertUse(1, 2, 4, Estimate(0.2, 0.01, 100))

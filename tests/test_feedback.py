@@ -2,33 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_measurements import MEASURE, SHA, load_imatrix, texts
+from support import Measured, data_bytes, load_imatrix, measure, tensor_bytes, workspace
 
 from apreqel import llama, pipeline, quantize
 from apreqel.errors import ArtifactError, EngineError
-from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.inventory import read_inventory
 from apreqel.model.qtypes import lookup
 from apreqel.plan.plan import Plan
 from apreqel.plan.request import PlanRequest
 from apreqel.sensitivity import gptq as feedback
-from apreqel.sensitivity import measure as sensitivity
 from apreqel.sensitivity.gptq import Feedback
-from apreqel.sensitivity.measure import Sensitivity
-
-Measured = tuple[Inventory, Path, Sensitivity]
 
 
 @pytest.fixture(scope="module", params=["llama", "moe"])
 def measured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     inventory = read_inventory(request.getfixturevalue(f"{request.param}_model"))
     folder = tmp_path_factory.mktemp(f"feedback-{request.param}")
-    return inventory, folder, sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
+    return inventory, folder, measure(inventory, folder)
 
 
 def correlated(random: np.random.Generator, n: int) -> np.ndarray:  # type: ignore[type-arg]
@@ -101,7 +96,7 @@ def test_a_block_is_rounded_as_in_its_row(kind: str) -> None:
 
 def test_the_file_is_as_planned_but_closer_rounded(measured: Measured, tmp_path: Path) -> None:
     inventory, folder, state = measured
-    space = pipeline.Workspace(inventory, SHA, folder, 2, False, True, lambda *_: None)
+    space = workspace(inventory, folder)
     imatrix = pipeline.load_imatrix(space)
     request = PlanRequest("accuracy", target_bpw=5.0, feedback=True)
     made, path = pipeline.plan(space, request, state, imatrix, None)
@@ -139,8 +134,8 @@ def test_the_file_is_as_planned_but_closer_rounded(measured: Measured, tmp_path:
         inventory, made.types, tmp_path / "plain.gguf", imatrix=imatrix,
         extra_metadata=made.extra_metadata(),
     )  # fmt: skip
-    ours, theirs = (read_inventory(tmp_path / f"{n}.gguf") for n in ("1", "plain"))
-    changed = {t.name for t in ours.tensors if raw(ours, t.name) != raw(theirs, t.name)}
+    ours, theirs = (tensor_bytes(tmp_path / f"{n}.gguf") for n in ("1", "plain"))
+    changed = {name for name in ours if ours[name] != theirs[name]}
     assert changed and not {n for n in changed if "exps" in n or "embd" in n}
 
 
@@ -157,17 +152,6 @@ def test_gains_are_measured_once(measured: Measured, monkeypatch: pytest.MonkeyP
     assert feedback_of(measured, 1).gains() == found
 
 
-def data_bytes(inventory: Inventory, types: Mapping[str, str]) -> int:
-    return sum(lookup(types[t.name]).size_bytes(t.shape) for t in inventory.tensors)
-
-
-def raw(inventory: Inventory, name: str) -> bytes:
-    tensor = inventory.by_name[name]
-    with open(inventory.files[tensor.shard], "rb") as file:
-        file.seek(tensor.offset)
-        return file.read(tensor.size_bytes)
-
-
 def feedback_of(measured: Measured, n_threads: int) -> Feedback:
     inventory, folder, state = measured
     return Feedback(inventory, load_imatrix(folder, inventory), state, folder, n_threads)
@@ -176,6 +160,6 @@ def feedback_of(measured: Measured, n_threads: int) -> Feedback:
 def test_measured_before_there_was_feedback(measured: Measured) -> None:
     inventory, folder, state = measured
     old = replace(state, fitting_tokens=[])
-    space = pipeline.Workspace(inventory, SHA, folder, 2, False, True, lambda *_: None)
+    space = workspace(inventory, folder)
     with pytest.raises(ArtifactError, match="written before error feedback; for --feedback run"):
         pipeline.plan(space, PlanRequest(feedback=True), old, pipeline.load_imatrix(space), None)

@@ -78,7 +78,7 @@ def test_split_model_is_one_model(split_model: list[Path]) -> None:
     parts = read_inventory(split_model[0])
     assert len(parts.files) == 3
     assert [(t.name, t.shape) for t in parts.tensors] == [(t.name, t.shape) for t in whole.tensors]
-    own = {t.name: t.qtype.name for t in whole.tensors}
+    own = whole.types
     header, _ = parts.output_header(own)
     assert b"split." not in header
     assert parts.output_size(own) == whole.output_size(own)

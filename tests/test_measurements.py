@@ -13,6 +13,18 @@ import gguf
 import models
 import numpy as np
 import pytest
+from support import (
+    SHA,
+    SHORT,
+    Measured,
+    divergences,
+    load_imatrix,
+    log_probabilities,
+    measure,
+    tensor_bytes,
+    texts,
+    uniform,
+)
 
 from apreqel import llama, quantize
 from apreqel.artifacts import Provenance
@@ -36,39 +48,22 @@ from apreqel.plan.request import PlanRequest, parse_size
 from apreqel.sensitivity import bench as probing
 from apreqel.sensitivity import calibration, imatrix_collection, kv_cache
 from apreqel.sensitivity import measure as sensitivity
-from apreqel.sensitivity.calibration import Text
-from apreqel.sensitivity.measure import Effort, ProbeSettings, Sensitivity
-
-SHA = "0" * 64
-SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128, probe_ctx=64)
-LITTLE = Effort("quick", 2, 0.5, 2)
-MEASURE = {"settings": SHORT, "effort": LITTLE, "n_threads": 2}
-
-
-def texts() -> list[Text]:
-    return calibration.bundled_texts()
+from apreqel.sensitivity.measure import Effort, Sensitivity
 
 
 @pytest.fixture(scope="module", params=["llama", "rows_576", "moe", "split"])
-def probed(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Inventory, Path, Sensitivity]:
+def probed(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Measured:
     """A tiny model of each kind with its measurements."""
     model = request.getfixturevalue(f"{request.param}_model")
     inventory = read_inventory(model[0] if isinstance(model, list) else model)
     folder = tmp_path_factory.mktemp(request.param)
-    state = sensitivity.measure(inventory, SHA, folder, texts=texts(), **MEASURE)
-    return inventory, folder, state
-
-
-def load_imatrix(folder: Path, inventory: Inventory) -> imatrix.Imatrix:
-    return imatrix.read_imatrix(folder / "imatrix.gguf", inventory)
+    return inventory, folder, measure(inventory, folder)
 
 
 # --- probing -------------------------------------------------------------------------------------
 
 
-def test_every_tensor_is_probed(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+def test_every_tensor_is_probed(probed: Measured) -> None:
     inventory, folder, state = probed
     assert state.complete and not state.excluded
     assert set(state.tensors) == {t.name for t in inventory.quantizable}
@@ -111,7 +106,7 @@ def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: P
             bench.close()
         assert np.abs(again.kld_nats).max() == 0  # everything was put back
         quantised = tmp_path / "q.gguf"
-        types = {t.name: "Q4_0" if t.name in names else t.qtype.name for t in inventory.tensors}
+        types = inventory.types | dict.fromkeys(names, "Q4_0")
         quantize.quantize_model(inventory, types, quantised)
         back = read_inventory(quantised)
         dequantised = tmp_path / "d.gguf"
@@ -168,21 +163,18 @@ def test_resumes_after_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
             seen.append(done)
             raise KeyboardInterrupt
 
-    arguments = {"texts": texts(), **MEASURE}
     with pytest.raises(Interrupted, match="7 probes done; run the same command"):
-        sensitivity.measure(inventory, SHA, tmp_path, on_progress=interrupt, **arguments)
+        measure(inventory, tmp_path, on_progress=interrupt)
     kept = Sensitivity.load(tmp_path / "sensitivity.json", SHA)
     assert kept.n_probes == 7 and not kept.complete
     done: list[int] = []
-    state = sensitivity.measure(
+    state = measure(
         inventory,
-        SHA,
         tmp_path,
-        **arguments,
         on_progress=lambda what, n, _: done.append(n) if what == "probing tensors" else None,
     )
     assert done[0] == 7
-    whole = sensitivity.measure(inventory, SHA, tmp_path / "whole", **arguments)
+    whole = measure(inventory, tmp_path / "whole")
     for name, known in whole.tensors.items():
         again = state.tensors[name]
         assert again.errors.weights == pytest.approx(known.errors.weights, rel=1e-5)
@@ -216,7 +208,7 @@ def test_probe_that_gives_nan_is_left_out(
 
     monkeypatch.setattr(probing.ProbeBench, "compare", broken)
     inventory = read_inventory(llama_model)
-    state = sensitivity.measure(inventory, SHA, tmp_path, texts=texts(), **MEASURE)
+    state = measure(inventory, tmp_path)
     assert len(calls) == 2 * len([pair for pair in state.excluded if "attn_k" in pair]) + sum(
         "all tensors" in pair for pair in state.excluded
     )
@@ -232,25 +224,20 @@ def test_probe_that_gives_nan_is_left_out(
 
 def test_more_effort_builds_on_less(llama_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(llama_model)
-    arguments = {"texts": texts(), "settings": SHORT, "n_threads": 2}
-    less = sensitivity.measure(inventory, SHA, tmp_path, effort=LITTLE, **arguments)
+    less = measure(inventory, tmp_path)
     before = {(n, t): p.kld for n, k in less.tensors.items() for t, p in k.probes.items()}
     counted: list[str] = []
-    more = sensitivity.measure(
+    more = measure(
         inventory,
-        SHA,
         tmp_path,
-        effort=Effort("normal", 4, 1.0, 2),
+        Effort("normal", 4, 1.0, 2),
         on_progress=lambda what, done, total: counted.append(what),
-        **arguments,
     )
     assert "collecting the imatrix" not in counted and "measuring output errors" not in counted
     for (name, kind), kld in before.items():
         assert list(more.tensors[name].probes[kind].kld[: len(kld)]) == list(kld)
     assert all(len(next(iter(t.probes.values())).kld) == 4 for t in more.tensors.values())
-    same = sensitivity.measure(
-        inventory, SHA, tmp_path, effort=LITTLE, on_progress=fail, **arguments
-    )
+    same = measure(inventory, tmp_path, on_progress=fail)
     assert same.n_probes == more.n_probes and same.effort == "normal"
 
 
@@ -262,10 +249,7 @@ def test_time_runs_out_and_the_rest_is_told_from_neighbours(
     llama_model: Path, tmp_path: Path
 ) -> None:
     inventory = read_inventory(llama_model)
-    effort = Effort("normal", 4, 1.0, 2, minutes=1e-6)
-    state = sensitivity.measure(
-        inventory, SHA, tmp_path, texts=texts(), settings=SHORT, effort=effort, n_threads=2
-    )
+    state = measure(inventory, tmp_path, Effort("normal", 4, 1.0, 2, minutes=1e-6))
     assert state.complete and state.n_probes == 0
     with pytest.raises(CalibrationError, match=r"neither it nor its like was probed"):
         sensitivity.require_probed(state)
@@ -293,7 +277,7 @@ def test_imatrix_equals_sums_taken_from_numpy(tmp_path: Path) -> None:
     assert set(collected.entries) == {t.name for t in inventory.quantizable} - {"token_embd.weight"}
 
 
-def test_tied_head_is_in_the_imatrix(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+def test_tied_head_is_in_the_imatrix(probed: Measured) -> None:
     inventory, folder, _ = probed
     entries = load_imatrix(folder, inventory).entries
     assert ("token_embd.weight" if inventory.tied_embeddings else "output.weight") in entries
@@ -301,7 +285,7 @@ def test_tied_head_is_in_the_imatrix(probed: tuple[Inventory, Path, Sensitivity]
 
 def test_experts_are_counted_apart(moe_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(moe_model)
-    sensitivity.measure(inventory, SHA, tmp_path, texts=texts(), **MEASURE)
+    measure(inventory, tmp_path)
     entries = load_imatrix(tmp_path, inventory).entries
     counts = entries["blk.0.ffn_up_exps.weight"].counts
     assert counts.shape == (4,) and counts.sum() == 2 * 4 * 128  # two of four, 4 chunks of 128
@@ -309,7 +293,7 @@ def test_experts_are_counted_apart(moe_model: Path, tmp_path: Path) -> None:
     assert entries["blk.0.ffn_down_exps.weight"].sums.shape == (4, 256)
 
 
-def test_llama_cpps_layout_of_the_file(probed: tuple[Inventory, Path, Sensitivity]) -> None:
+def test_llama_cpps_layout_of_the_file(probed: Measured) -> None:
     """As tools/imatrix writes it and common_imatrix_load reads it."""
     inventory, folder, _ = probed
     reader = gguf.GGUFReader(folder / "imatrix.gguf")
@@ -402,9 +386,7 @@ def make(inventory: Inventory, folder: Path, state: Sensitivity, **wishes: objec
     return planner.Planner(inventory, state, imatrix, request, folder).plan()
 
 
-def test_predicted_size_is_the_files(
-    probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path
-) -> None:
+def test_predicted_size_is_the_files(probed: Measured, tmp_path: Path) -> None:
     inventory, folder, state = probed
     weights = load_imatrix(folder, inventory)
     for wishes in ({"prefer": "memory"}, {"target_bpw": 6.0}, {"prefer": "balanced"}):
@@ -419,7 +401,7 @@ def test_predicted_size_is_the_files(
 
 
 def test_limits_hold_and_more_room_is_never_worse(
-    probed: tuple[Inventory, Path, Sensitivity],
+    probed: Measured,
 ) -> None:
     inventory, folder, state = probed
     last = np.inf
@@ -436,7 +418,7 @@ def test_limits_hold_and_more_room_is_never_worse(
 
 
 def test_our_plan_beats_the_stock_map_in_prediction(
-    probed: tuple[Inventory, Path, Sensitivity],
+    probed: Measured,
 ) -> None:
     inventory, folder, state = probed
     for preset in ("Q3_K_M", "Q4_K_M", "Q6_K"):
@@ -448,7 +430,7 @@ def test_our_plan_beats_the_stock_map_in_prediction(
 
 
 def test_llama_quantize_makes_the_same_tensors_from_the_type_file(
-    probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path
+    probed: Measured, tmp_path: Path
 ) -> None:
     inventory, folder, state = probed
     weights = load_imatrix(folder, inventory)
@@ -466,13 +448,11 @@ def test_llama_quantize_makes_the_same_tensors_from_the_type_file(
         imatrix={n: weights.weights(n) for n in weights.entries},
         tensor_types=[(pattern, lookup(kind).ggml_id) for pattern, kind in pairs],
     )
-    found = {t.name: t.tensor_type.name for t in gguf.GGUFReader(theirs).tensors}
-    assert found == dict(made.types)
-    written = {t.name: t.data.tobytes() for t in gguf.GGUFReader(ours).tensors}
-    assert written == {t.name: t.data.tobytes() for t in gguf.GGUFReader(theirs).tensors}
+    assert read_inventory(theirs).types == dict(made.types)
+    assert tensor_bytes(ours) == tensor_bytes(theirs)
 
 
-def test_plan_file_round_trip(probed: tuple[Inventory, Path, Sensitivity], tmp_path: Path) -> None:
+def test_plan_file_round_trip(probed: Measured, tmp_path: Path) -> None:
     inventory, folder, state = probed
     made = make(inventory, folder, state, target_bpw=6.0)
     made.save(tmp_path / "plan.json")
@@ -537,9 +517,8 @@ def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: 
     inventory = read_inventory(llama_model)
     files = {}
     for kind in ("Q8_0", "Q4_0"):
-        types = {t.name: kind if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
         files[kind] = tmp_path / f"{kind}.gguf"
-        quantize.quantize_model(inventory, types, files[kind])
+        quantize.quantize_model(inventory, uniform(inventory, kind), files[kind])
     report = verified(inventory, tmp_path, files)
     original, good, poor = report.files
     assert abs(original.kld.mean) < 1e-7 and original.top1.mean == 1
@@ -554,11 +533,9 @@ def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: 
         tokens = calibration.verification_set(a, calibration.heldout_text(), 128, 500)
         with a.context(128, 1, 2) as p_context, b.context(128, 1, 2) as q_context:
             for chunk in tokens.tokens:
-                p = p_context.evaluate(chunk[None], tokens.positions[:1]).astype(np.float64)
-                q = q_context.evaluate(chunk[None], tokens.positions[:1]).astype(np.float64)
-                p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
-                q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
-                kld += (np.exp(p) * (p - q)).sum(axis=1).tolist()
+                p = log_probabilities(p_context.evaluate(chunk[None], tokens.positions[:1]))
+                q = log_probabilities(q_context.evaluate(chunk[None], tokens.positions[:1]))
+                kld += divergences(p, q).tolist()
                 nll += (-q[np.arange(len(q)), chunk[65:]]).tolist()
     assert report.n_scored == len(kld)
     assert poor.kld.mean == pytest.approx(np.mean(kld), rel=2e-3)
@@ -576,7 +553,7 @@ def test_verification_refuses_calibration_text(llama_model: Path, tmp_path: Path
 def test_verification_refuses_another_model(
     llama_model: Path, rows_576_model: Path, tmp_path: Path
 ) -> None:
-    types = {t.name: t.qtype.name for t in read_inventory(llama_model).tensors}
+    types = read_inventory(llama_model).types
     with pytest.raises(VerificationError, match="the plan says"):
         verify.check_types(rows_576_model, types)
 

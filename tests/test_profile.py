@@ -10,13 +10,13 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
+from support import attention, made_up, uniform
 
 from apreqel import llama, pipeline
-from apreqel.artifacts import Provenance
 from apreqel.device import machine as device
 from apreqel.device import memory, profile, timing
-from apreqel.device.machine import Device, doubts
-from apreqel.device.profile import DeviceProfile, Kernel, Overhead, Reading
+from apreqel.device.machine import doubts
+from apreqel.device.profile import DeviceProfile
 from apreqel.errors import ArtifactError, UsageError
 from apreqel.llama.footprint import measure_footprint
 from apreqel.llama.kernels import HeadShape, KernelBench, MatrixShape
@@ -24,10 +24,6 @@ from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import KV_TYPES, lookup
 
 SCHEMA = Path(__file__).parent.parent / "device_profiles" / "schema.json"
-
-
-def uniform(inventory: Inventory, kind: str) -> dict[str, str]:
-    return {t.name: kind if t.keep_reason is None else t.qtype.name for t in inventory.tensors}
 
 
 @pytest.fixture(scope="module")
@@ -151,44 +147,6 @@ def test_a_known_shape_is_not_timed_again(
 
 
 # --- predictions in closed form ------------------------------------------------------------------
-
-
-def made_up(inventory: Inventory, seconds: dict[str, tuple[float, float]]) -> DeviceProfile:
-    """A profile where a product takes `seconds[type]` (decode, prefill) per million weights."""
-    kernels = {
-        kind: {
-            shape.key: Kernel(
-                Reading(decode * shape.weights_read / 1e6, 0.0, 5),
-                Reading(prefill * shape.weights_read / 1e6, 0.0, 5),
-                "CPU",
-            )
-            for shape in profile.shapes_of(inventory)
-        }
-        for kind, (decode, prefill) in seconds.items()
-    }
-    overhead = Overhead("m", 2.0, 0.5, 0.0, 3.0, 0.25, 0.0, 0.001, 0.0, {})
-    return DeviceProfile(
-        Provenance(""),
-        "made-up",
-        Device("cpu", "x", "Linux", 1, 1, None, 1, 1, None, None),
-        "f" * 16,
-        1,
-        512,
-        kernels,
-        {profile.signature(inventory): overhead},
-    )
-
-
-def attention(seconds: dict[str, float]) -> dict[str, dict[str, Kernel]]:
-    """Timings for heads of 64: each cache takes `seconds`, of a prompt's token a tenth of it."""
-    return {
-        f"{k}/{v}": {
-            "64/64 9/3": Kernel(Reading(a + b, 0.0, 5), Reading((a + b) / 10, 0.0, 5), "CPU")
-        }
-        for k, a in seconds.items()
-        for v, b in seconds.items()
-        if "Q8_0" in (k, v) or k == v == "F16"
-    }
 
 
 def test_a_token_adds_up(rows_576_model: Path) -> None:

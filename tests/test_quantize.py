@@ -16,6 +16,7 @@ from pathlib import Path
 import models
 import numpy as np
 import pytest
+from support import made_up_imatrix, tensor_bytes, uniform
 
 from apreqel import llama, quantize
 from apreqel.artifacts import lock
@@ -28,41 +29,10 @@ from apreqel.errors import (
     UsageError,
     VerificationError,
 )
-from apreqel.model.imatrix import Imatrix, ImatrixEntry
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import registry
 
 QUANT_TYPES = [q.name for q in registry().values() if q.is_quantized and q.for_weights]
-
-
-def made_up_imatrix(inventory: Inventory) -> Imatrix:
-    generator = np.random.default_rng(7)
-    entries = {}
-    for tensor in inventory.quantizable:
-        sums = np.exp(generator.normal(0, 2, (tensor.n_experts, tensor.row_length)))
-        counts = np.full(tensor.n_experts, 16, np.float32)
-        entries[tensor.name] = ImatrixEntry(sums.astype(np.float32), counts)
-    return Imatrix(entries)
-
-
-def uniform(inventory: Inventory, kind: str) -> dict[str, str]:
-    """`kind` wherever it is legal, the source's own type elsewhere."""
-    return {
-        t.name: kind if t.keep_reason is None and kind in t.legal_types else t.qtype.name
-        for t in inventory.tensors
-    }
-
-
-def own_types(inventory: Inventory) -> dict[str, str]:
-    return {t.name: t.qtype.name for t in inventory.tensors}
-
-
-def tensor_bytes(path: Path) -> dict[str, tuple[str, bytes]]:
-    content = path.read_bytes()
-    return {
-        t.name: (t.qtype.name, content[t.offset : t.offset + t.size_bytes])
-        for t in read_inventory(path).tensors
-    }
 
 
 def sha256(path: Path) -> str:
@@ -152,7 +122,7 @@ def expect_refused(
 
 def test_maps_that_do_not_fit(llama_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(llama_model)
-    own, output = own_types(inventory), tmp_path / "o.gguf"
+    own, output = inventory.types, tmp_path / "o.gguf"
     expect_refused(
         UsageError,
         "not in the model, first 'blk.9.x'",
@@ -183,7 +153,7 @@ def test_maps_that_do_not_fit(llama_model: Path, tmp_path: Path) -> None:
 
 def test_rows_too_odd_for_a_type(rows_576_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(rows_576_model)
-    types = own_types(inventory) | {"blk.0.attn_q.weight": "Q4_K"}
+    types = inventory.types | {"blk.0.attn_q.weight": "Q4_K"}
     expect_refused(
         UsageError,
         "cannot hold rows of 576; it can be .*Q5_1",
@@ -256,7 +226,7 @@ def test_no_space_is_found_before_the_start(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
     inventory = read_inventory(llama_model)
     expect_refused(
-        OutputError, "needs .* MB of disk", inventory, own_types(inventory), tmp_path / "o.gguf"
+        OutputError, "needs .* MB of disk", inventory, inventory.types, tmp_path / "o.gguf"
     )
 
 
@@ -288,7 +258,7 @@ def test_second_run_on_one_output_stops(llama_model: Path, tmp_path: Path) -> No
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=tmp_path
     ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        expect_refused(LockedError, "another apreqel", inventory, own_types(inventory), output)
+        expect_refused(LockedError, "another apreqel", inventory, inventory.types, output)
         holder.communicate()
     with lock(tmp_path / ".free"):
         pass

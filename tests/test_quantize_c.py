@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from test_quantize import made_up_imatrix, tensor_bytes, uniform
+from support import made_up_imatrix, tensor_bytes, uniform
 
 from apreqel import quantize
 from apreqel.model.imatrix import Imatrix
