@@ -11,14 +11,14 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
-from typing import IO, TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from apreqel import __version__
 from apreqel.errors import ArtifactError, LockedError, OutputError, printable
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 # Raised by one whenever a reader of the old layout would misread the new one.
 SCHEMA_VERSIONS = {
     "device-profile": 2,
-    "sensitivity": 2,
-    "plan": 3,
-    "verification": 1,
+    "sensitivity": 3,
+    "plan": 4,
+    "verification": 2,
     "model-hash": 1,
-    "kv-cache": 1,
-    "trials": 1,
-    "exchanges": 1,
-    "feedback-gains": 1,
-    "experts": 1,
+    "cache-sensitivity": 1,
+    "measured-files": 1,
+    "swaps": 1,
+    "gptq-ratios": 1,
+    "experts": 2,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22
@@ -107,6 +107,7 @@ class Record:
     provenance: Provenance
 
     KIND: ClassVar[str]
+    ADVICE: ClassVar[str] = "delete it"  # where the file is damaged
 
     def save(self, path: Path) -> None:
         """Raises OutputError."""
@@ -117,9 +118,21 @@ class Record:
     def load(cls, path: Path, model_sha256: str | None = None) -> Self:
         """Raises ArtifactError; `model_sha256` refuses another model's."""
         provenance, data = load(path, cls.KIND, model_sha256)
-        with understood(f"{path}: {cls.KIND}"):
+        with understood(f"{path}: {cls.KIND}", cls.ADVICE):
             hints = get_type_hints(cls)
             return cls(provenance, **{n: from_json(hints[n], v, n) for n, v in data.items()})
+
+    @classmethod
+    def load_same(cls, path: Path, provenance: Provenance) -> Self | None:
+        """What is kept at `path`, if it was measured in this way; None where there is none.
+
+        Whichever version of apreqel wrote it. Raises ArtifactError.
+        """
+        if not path.exists():
+            return None
+        found = cls.load(path, provenance.model_sha256)
+        same = replace(found.provenance, apreqel_version=provenance.apreqel_version) == provenance
+        return found if same else None
 
 
 def plain(value: Any) -> Any:
@@ -168,50 +181,72 @@ def understood(what: str, advice: str = "delete it") -> Iterator[None]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Temp file beside the target, write, fsync, rename, fsync the folder. Raises OutputError."""
-    with atomic_file(path) as file:
-        file.write(content)
+    """Make `path`, whole and on disk or not at all. Raises OutputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with new_file(path, tag=f".{secrets.token_hex(4)}") as part, open(part, "xb") as file:
+            file.write(content)
+    except OSError as error:
+        raise output_error(path, error) from error
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A binary file that appears at `path`, whole and on disk, only if the block succeeds."""
+def new_file(path: Path, *, replace: bool = True, tag: str = "") -> Iterator[Path]:
+    """A name beside `path`; the file made there becomes `path`, on disk, if the block succeeds.
+
+    What an earlier run left at that name is removed, so either a lock is held or `tag` is unique.
+    The file is to be opened with O_EXCL, which refuses what appeared there since and follows no
+    symlink. Raises OutputError, without `replace` also where there is something at `path` by then.
+    """
+    part = path.with_name(f".{path.name}{tag}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+        part.unlink(missing_ok=True)
     except OSError as error:
-        raise output_error(path, error) from error
+        raise output_error(part, error) from error
     try:
-        with os.fdopen(handle, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o666 & ~_umask())
-        os.replace(name, path)
-        fsync_folder(path.parent)
-    except OSError as error:
-        raise output_error(path, error) from error
+        yield part
+        _put_into_place(part, path, replace)
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _put_into_place(part: Path, path: Path, replace: bool) -> None:
+    try:
+        _sync(part)
+        if replace:
+            os.replace(part, path)
+        else:
+            _move_where_nothing_is(part, path)
+        _sync(path.parent)
+    except OSError as error:
+        raise output_error(path, error) from error
 
 
-def fsync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _move_where_nothing_is(part: Path, path: Path) -> None:
+    try:
+        os.link(part, path)  # unlike a rename, it never replaces anything
+    except OSError:  # something is there, or no links are (FAT): hold the name, or fail to, first
+        path.touch(exist_ok=False)
+        try:
+            os.replace(part, path)
+        except OSError:
+            path.unlink()
+            raise
+
+
+def _sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, onto the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
 
 
-def output_error(path: Path, error: OSError) -> OutputError:
+def output_error(path: Path | str, error: OSError) -> OutputError:
     """The failure of a write, with what to do about it."""
     advice = {
+        errno.EEXIST: "use --force to replace it, or choose another output",
         errno.ENOSPC: "free some space or choose another folder",
         errno.EROFS: "the file system is read-only; choose another folder",
         errno.EACCES: "no permission to write there; choose another folder",
@@ -232,8 +267,12 @@ def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
 
 
 @contextmanager
-def lock(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`. Raises LockedError where another process holds it."""
+def lock(path: Path, *, remove: bool = False) -> Iterator[int]:
+    """Hold the lock file `path`, and `remove` it in the end.
+
+    Gives its descriptor: a child that inherits it holds the lock for as long as it lives. Raises
+    LockedError where another process holds it.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b")
@@ -242,11 +281,17 @@ def lock(path: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError("removed by its last holder, and made anew by another")
         except OSError as error:
             raise LockedError(
                 f"{path}: another apreqel is at work here; wait for it or use another folder"
             ) from error
-        yield
+        try:
+            yield file.fileno()
+        finally:
+            if remove:
+                path.unlink(missing_ok=True)
 
 
 # --- hashing -------------------------------------------------------------------------------------
@@ -281,19 +326,21 @@ def model_sha256(files: tuple[Path, ...], cache: Path) -> str:
     return digest
 
 
-def source_is_unchanged(files: tuple[Path, ...], marks: list[tuple[int, int]]) -> None:
-    """Raise ArtifactError where a model file was cut or replaced since `file_marks`."""
-    for path, (size, changed) in zip(files, marks, strict=True):
-        try:
-            now = path.stat()
-        except OSError as error:
-            raise ArtifactError(f"{path}: gone while in use ({error.strerror})") from error
-        if (now.st_size, now.st_mtime_ns) != (size, changed):
-            raise ArtifactError(
-                f"{printable(str(path), 200)}: changed while in use; measure again on a stable file"
-            )
+class FileMarks:
+    """Size and time of change of each file, as they are when this is made."""
 
+    def __init__(self, files: Sequence[Path]) -> None:
+        self._marks = {f: (s.st_size, s.st_mtime_ns) for f in files for s in (f.stat(),)}
 
-def file_marks(files: tuple[Path, ...]) -> list[tuple[int, int]]:
-    """Size and time of change of each file, for `source_is_unchanged`."""
-    return [(s.st_size, s.st_mtime_ns) for s in (f.stat() for f in files)]
+    def check(self) -> None:
+        """Raise ArtifactError where a file was cut or replaced since."""
+        for path, mark in self._marks.items():
+            try:
+                now = path.stat()
+            except OSError as error:
+                raise ArtifactError(f"{path}: gone while in use ({error.strerror})") from error
+            if (now.st_size, now.st_mtime_ns) != mark:
+                raise ArtifactError(
+                    f"{printable(str(path), 200)}: changed while in use; measure again on a stable "
+                    "file"
+                )

@@ -3,25 +3,26 @@ so that --help answers at once."""
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
 from apreqel import __version__
+from apreqel import arguments as arg
+from apreqel.console.terminal import Reporter, answer, write
 from apreqel.errors import ApreqelError, Interrupted, UsageError
+from apreqel.plan.wishes import Wishes
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from apreqel.pipeline import Workspace
-    from apreqel.plan.request import PlanRequest
+    from apreqel.plan.plan import Plan
     from apreqel.sensitivity.calibration import Text
-    from apreqel.sensitivity.measure import Effort
+    from apreqel.workspace import Workspace
 
 app = typer.Typer(
     add_completion=False,
@@ -31,357 +32,203 @@ app = typer.Typer(
     help="Measure a device and a GGUF model, then plan and write the best quantisation for both.",
 )
 
-Model = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="A GGUF file (of a split model the first), or 'demo'."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Results as JSON on stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress on stderr.")]
-Workdir = Annotated[
-    Path | None, typer.Option(help="Where measurements are kept [MODEL.apreqel beside the model].")
-]
-Threads = Annotated[
-    int | None, typer.Option("--threads", "-t", min=1, max=256, help="[one per physical core]")
-]
-Requantize = Annotated[
-    bool, typer.Option("--allow-requantize", help="Accept a model that is quantised already.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace an output that exists.")]
-Prefer = Annotated[str, typer.Option(help="memory, latency, accuracy or balanced.")]
-MaxSize = Annotated[
-    str | None,
-    typer.Option(help="Largest file: 95MB, 1.5GiB, bytes, or a stock preset's size: Q4_K_M."),
-]
-TargetBpw = Annotated[float | None, typer.Option(min=1.0, max=32.0, help="Bits per weight.")]
-MaxKld = Annotated[float | None, typer.Option(min=0.0, help="Largest predicted KLD, in nats.")]
-MaxRam = Annotated[
-    str | None, typer.Option(help="Most memory of a run with --ctx filled: 500MB, 2GiB.")
-]
-RunCtx = Annotated[
-    str | None,
-    typer.Option("--ctx", help="Tokens of context to reckon memory with [4096], or max."),
-]
-MinDecode = Annotated[
-    float | None, typer.Option("--min-decode-tps", min=0.01, help="Least tokens/s generated.")
-]
-MinPrefill = Annotated[
-    float | None, typer.Option("--min-prefill-tps", min=0.01, help="Least tokens/s of a prompt.")
-]
-Workload = Annotated[
-    str, typer.Option(help="Tokens of prompt:answer, what --prefer latency makes fast.")
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="memory=1,latency=1,accuracy=1 instead of --prefer: numbers for each."),
-]
-Fit = Annotated[
-    bool, typer.Option("--fit", help="Fit into the memory that is free here now, less a tenth.")
-]
-MaxDegradation = Annotated[str | None, typer.Option(help="Most predicted gain in perplexity: 1%.")]
-Pin = Annotated[
-    list[str] | None,
-    typer.Option(help="'pattern=TYPE' for tensors by name, as in 'blk.0.*=Q8_0'; repeatable."),
-]
-OnlyTypes = Annotated[str | None, typer.Option(help="Use these types only: Q4_0,Q8_0.")]
-ExcludeTypes = Annotated[str | None, typer.Option(help="Leave these types out: Q5_1,Q4_1.")]
-MaxTypeChanges = Annotated[
-    int | None, typer.Option(min=0, help="Most tensors in another type than in stock Q4_K_M.")
-]
-Experts = Annotated[
-    int | None, typer.Option(help="Active experts a token instead of the model's own count.")
-]
-Device = Annotated[
-    str | None, typer.Option(help="Plan for another device: a name of 'profile list', or a file.")
-]
-Calibration = Annotated[
-    list[Path] | None, typer.Option("--text", help="Calibration text instead of apreqel's own.")
-]
-VerifyText = Annotated[
-    Path | None, typer.Option("--verify-text", help="Verification text instead of apreqel's own.")
-]
-Against = Annotated[
-    list[str] | None, typer.Option(help="A stock preset to compare with; repeat for more.")
-]
-EffortName = Annotated[
-    str, typer.Option("--effort", help="Of probing, where it is not done: quick, normal, thorough.")
-]
-Minutes = Annotated[
-    float | None, typer.Option(min=0.1, help="Stop probing after this, whatever is left.")
-]
-Metric = Annotated[str, typer.Option(help="What damage is: kld or perplexity.")]
-Unchecked = Annotated[
-    bool, typer.Option("--unchecked", help="Do not measure the plan and its rivals as real files.")
-]
-Refine = Annotated[
-    bool | None,
-    typer.Option(
-        help="Probe exchanges around the plan, and plan again.  [default: below 4 bits per weight]"
-    ),
-]
-Feedback = Annotated[
-    bool,
-    typer.Option("--feedback", help="Move weights against rounding (GPTQ): closer, takes longer."),
-]
-ImatrixFile = Annotated[Path | None, typer.Option("--imatrix", help="Use this imatrix GGUF.")]
-Scored = Annotated[int, typer.Option("--tokens", min=64, help="Tokens to score.")]
-Ctx = Annotated[int, typer.Option("--ctx", min=32, help="Tokens per chunk.")]
-NoSpeed = Annotated[bool, typer.Option("--no-speed", help="Do not measure tokens/s.")]
-
 
 @app.callback(invoke_without_command=True)
-def root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
+def root(version: arg.Version = False) -> None:
     if version:
-        print(f"apreqel {__version__}")
+        write(f"apreqel {__version__}")
         raise typer.Exit
 
 
 @app.command()
-def inspect(model: Model, json: Json = False) -> None:
+def inspect(model: arg.Model, json: arg.Json = False) -> None:
     """What a model holds: roles, shapes, legal types, exact bytes. Reads only headers."""
-    from apreqel import console
+    from apreqel.console import inspect as view
     from apreqel.model.inventory import find_model, read_inventory
 
-    inventory = read_inventory(find_model(model))
-    if json:
-        console.write_json(console.inventory_json(inventory))
-    else:
-        console.show_inventory(inventory)
+    answer(json, view.show, read_inventory(find_model(model)), data=view.as_json)
 
 
 @app.command()
 def profile(
-    model: Annotated[
-        str | None,
-        typer.Argument(metavar="[MODEL|list|show]", help="A GGUF; 'list'; or 'show' NAME."),
-    ] = None,
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="For 'show'.")] = None,
-    workdir: Workdir = None,
-    threads: Threads = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure anew.")] = False,
-    device: Device = None,
-    export_to: Annotated[
-        Path | None, typer.Option("--export", help="Write the profile to this file.")
-    ] = None,
-    import_from: Annotated[
-        Path | None, typer.Option("--import", help="Take up another device's profile.")
-    ] = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    model: arg.ModelOrWord = None,
+    name: arg.ProfileName = None,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    again: arg.Again = False,
+    device: arg.Device = None,
+    export_to: arg.ExportTo = None,
+    import_from: arg.ImportFrom = None,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Time every quant type on this device and predict a model's tokens/s in each.
 
     Without MODEL, for the shapes of common small models. The number of threads is tuned, unless
     given.
     """
-    from apreqel import console, pipeline
+    from apreqel.console import profile as view
+    from apreqel.device import store
 
-    if import_from is not None:
-        console.show_profiles([pipeline.import_profile(import_from)])
+    word = model if model in ("list", "show") and not Path(model).exists() else None
+    if import_from is not None or word == "list":
+        found = [store.import_profile(import_from)] if import_from else store.list_profiles()
+        answer(json, view.show_list, found, data=view.list_json)
         return
-    if model == "list" and not Path(model).exists():
-        found = pipeline.list_profiles()
-        if json:
-            console.write_json([{"name": n, "path": str(p)} for n, p in found])
-        else:
-            console.show_profiles(found)
-        return
-    shown = model == "show" and not Path(model).exists()
-    if shown and name is None:
+    if word and name is None:
         raise UsageError("profile show: which one? apreqel profile list names them")
-    if shown or device is not None:
-        measured, inventory = pipeline.named_profile(device or name or "", None if shown else model)
+    if word or device is not None:
+        measured, inventory = store.named_profile(device or name or "", None if word else model)
     else:
-        measured, inventory = pipeline.profile_model(
-            model, workdir, threads, again=again, on_progress=_reporter(quiet)
-        )
+        measured, inventory = store.profile_model(model, workdir, threads, again, Reporter(quiet))
     if export_to is not None:
         measured.save(export_to)
-    if json:
-        console.write_json(console.profile_json(measured, inventory))
-    else:
-        console.show_profile(measured, inventory)
+    answer(json, view.show, measured, inventory, data=view.as_json)
 
 
 @app.command()
 def probe(
-    model: Model,
-    workdir: Workdir = None,
-    threads: Threads = None,
-    text: Calibration = None,
-    imatrix: ImatrixFile = None,
-    effort: EffortName = "normal",
-    minutes: Minutes = None,
-    allow_requantize: Requantize = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    model: arg.Model,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    text: arg.Calibration = None,
+    imatrix: arg.ImatrixFile = None,
+    effort: arg.Effort = "normal",
+    minutes: arg.Minutes = None,
+    allow_requantize: arg.Requantize = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Collect the imatrix and measure how much each tensor matters. Resumes where it stopped."""
-    from apreqel import console, pipeline
+    from apreqel import pipeline
+    from apreqel.console import probe as view
+    from apreqel.evaluate.real_files import measured_files
+    from apreqel.sensitivity.measure import effort_from
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
-        state, _ = pipeline.probe(
-            space, effort=_effort(effort, minutes), texts=_texts(text), imatrix_file=imatrix
+        probed = pipeline.probe(
+            space, effort=effort_from(effort, minutes), texts=_texts(text), imatrix_file=imatrix
         )
-    if json:
-        console.write_json(console.sensitivity_json(state))
-    else:
-        console.show_sensitivity(state)
+        files = measured_files(probed).own
+    answer(json, view.show, probed.sensitivity, files, data=view.as_json)
 
 
 @app.command()
+@arg.asking(*arg.WISHES)
 def plan(
-    model: Model,
-    prefer: Prefer = "accuracy",
-    weights: Weights = None,
-    max_size: MaxSize = None,
-    target_bpw: TargetBpw = None,
-    max_kld: MaxKld = None,
-    max_degradation: MaxDegradation = None,
-    max_ram: MaxRam = None,
-    fit: Fit = False,
-    ctx: RunCtx = None,
-    min_decode: MinDecode = None,
-    min_prefill: MinPrefill = None,
-    workload: Workload = "512:128",
-    pin: Pin = None,
-    only_types: OnlyTypes = None,
-    exclude_types: ExcludeTypes = None,
-    max_type_changes: MaxTypeChanges = None,
-    experts: Experts = None,
-    like: Annotated[Path | None, typer.Option(help="Copy the types of this GGUF.")] = None,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Types from a --tensor-type-file, --custom-q or recipe.")
-    ] = None,
-    front: Annotated[
-        bool, typer.Option("--front", help="Show all that can be had instead of one plan.")
-    ] = False,
-    ladder: Annotated[
-        int | None, typer.Option(min=2, max=100, help="Write this many plans, small to large.")
-    ] = None,
-    device: Device = None,
-    effort: EffortName = "normal",
-    minutes: Minutes = None,
-    metric: Metric = "kld",
-    feedback: Feedback = False,
-    unchecked: Unchecked = False,
-    refine: Refine = None,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="[plan.json]")] = None,
-    workdir: Workdir = None,
-    threads: Threads = None,
-    allow_requantize: Requantize = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    model: arg.Model,
+    wishes: Wishes,
+    output: arg.PlanOutput = None,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    allow_requantize: arg.Requantize = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Choose a quant type for every tensor; probes and profiles first where that is missing."""
-    from apreqel import console, pipeline
+    from apreqel import pipeline
+    from apreqel.console import plan as view
+    from apreqel.device import store
+    from apreqel.plan.request import request_of, require_compatible
+    from apreqel.sensitivity.measure import effort_from
+    from apreqel.sensitivity.measurement import probed_model
 
-    wishes, wanted = dict(locals()), _effort(effort, minutes)
-    _check_together(wishes)
+    show: Callable[..., None]
+    found: tuple[Any, ...]
+    effort, check = effort_from(wishes.effort, wishes.minutes), not wishes.unchecked
+    require_compatible(wishes)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
-        request = _request(space, wishes)
-        known = pipeline.measured(space)
-        if known is None:
-            known = pipeline.probe(space, effort=wanted, texts=_texts(None))
-        pipeline.use_metric(known[0], metric)
-        timed = pipeline.profile_for(space, request, device)
-        if front:
-            found = pipeline.front(space, request, *known, timed)
-        elif ladder:
-            steps = pipeline.ladder(space, request, *known, timed, ladder, not unchecked)
+        request = request_of(wishes, space.inventory)
+        probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
+        metric = wishes.metric
+        asked = (
+            probed,
+            request,
+            store.profile_for(space, wishes.device, needed=request.needs_profile),
+        )
+        if wishes.front:
+            show, found = view.show_front, (pipeline.front(*asked, metric),)
+        elif wishes.ladder:
+            made = pipeline.ladder(*asked, wishes.ladder, check=check, metric=metric)
+            show, found = view.show_ladder, tuple(zip(*made, strict=True))
         else:
-            made, path = pipeline.plan(space, request, *known, timed, output, not unchecked, refine)
-    if front:
-        console.write_json(found) if json else console.show_front(found)
-    elif ladder:
-        console.write_json([p for p, _ in steps]) if json else console.show_ladder(steps)
-    else:
-        console.write_json(made) if json else console.show_plan(made, path)
+            show, found = (
+                view.show,
+                pipeline.plan(
+                    *asked, output=output, check=check, refine=wishes.refine, metric=metric
+                ),
+            )
+    answer(json, show, *found)
 
 
 @app.command()
-def explain(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
-    tensor: Annotated[str | None, typer.Argument(metavar="[TENSOR]")] = None,
-    json: Json = False,
-) -> None:
+def explain(plan: arg.PlanFile, tensor: arg.TensorName = None, json: arg.Json = False) -> None:
     """Why tensors got their types: damage, bytes and seconds in each type, and close choices."""
-    from apreqel import console, pipeline
-    from apreqel.plan.explain import (
-        explain_tensor,
-        nearest_exchange,
-        nearest_exchanges,
-        shares_by_role,
-    )
+    from apreqel import pipeline
+    from apreqel.console import explain as view
+    from apreqel.plan import explain as reasons
 
-    solved, state, made, inventory = pipeline.explained(plan)
-    if tensor is not None:
-        rows = explain_tensor(solved, state, tensor)
-        exchange = nearest_exchange(solved, list(solved.options.names).index(tensor))
-        if json:
-            console.write_json({"types": rows, "exchange": exchange, "binding": made.binding})
-        else:
-            console.show_explained_tensor(made, tensor, rows, exchange)
+    solved, made, inventory = pipeline.explained(plan)
+    if tensor is None:
+        shares = reasons.shares_by_role(solved, inventory)
+        closest = reasons.closest_choices(solved, 12)
+        told = {"roles": shares, "closest": closest, "binding": made.binding}
+        answer(json, view.show, shares, closest, made, data=lambda *_: told)
         return
-    shares, exchanges = shares_by_role(solved, inventory), nearest_exchanges(solved, 12)
-    if json:
-        console.write_json({"roles": shares, "exchanges": exchanges, "binding": made.binding})
-    else:
-        console.show_explained(made, shares, exchanges)
+    prices = reasons.explain_tensor(solved, tensor)
+    following = reasons.next_type(solved, list(solved.options.names).index(tensor))
+    told = {"types": prices, "next": following, "binding": made.binding}
+    answer(json, view.show_tensor, prices, following, made, data=lambda *_: told)
 
 
 @app.command()
 def quantize(
-    plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan.json.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The GGUF to write.")
-    ] = None,
-    threads: Threads = None,
-    force: Force = False,
-    allow_requantize: Requantize = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    plan: arg.PlanFile,
+    output: arg.Output = None,
+    threads: arg.Threads = None,
+    force: arg.Force = False,
+    allow_requantize: arg.Requantize = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Write the GGUF of a plan, then re-read it and check every tensor."""
-    from apreqel import console, pipeline
+    from apreqel import pipeline
+    from apreqel.console import verify as view
+    from apreqel.device import store
 
     result = pipeline.run_plan(
         plan,
         output=output,
-        n_threads=threads or pipeline.usual_threads(),
+        n_threads=threads or store.usual_threads(),
         force=force,
         allow_requantize=allow_requantize,
-        on_progress=_reporter(quiet),
+        progress=Reporter(quiet),
     )
-    if json:
-        console.write_json(result)
-    else:
-        console.show_quantized(result)
+    answer(json, view.show_quantized, result)
 
 
 @app.command()
 def verify(
-    gguf: Annotated[Path, typer.Argument(metavar="GGUF", help="The quantised file.")],
-    model: Annotated[str | None, typer.Option(help="The original [that of the plan].")] = None,
-    plan: Annotated[Path | None, typer.Option(help="Check the file against this plan.")] = None,
-    against: Against = None,
-    verify_text: VerifyText = None,
-    tokens: Scored = 3060,
-    ctx: Ctx = 512,
-    no_speed: NoSpeed = False,
-    workdir: Workdir = None,
-    threads: Threads = None,
-    json: Json = False,
-    quiet: Quiet = False,
+    gguf: arg.QuantisedFile,
+    model: arg.Original = None,
+    plan: arg.Expected = None,
+    against: arg.Against = None,
+    verify_text: arg.VerifyText = None,
+    tokens: arg.Scored = 3060,
+    ctx: arg.Ctx = 512,
+    no_speed: arg.NoSpeed = False,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Measure a file beside the original and stock presets, on text that calibration never saw."""
-    from apreqel import console, pipeline
+    from apreqel import pipeline
+    from apreqel.console import verify as view
     from apreqel.evaluate.verify import VerifySettings
     from apreqel.model.inventory import find_model
 
     expected, original = _expected(gguf, model, plan)
-    settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
     folder = workdir or (Path(expected.workdir) if expected else None)
     with _workspace(original, folder, threads, True, quiet) as space:
         report = pipeline.verify(
@@ -389,106 +236,79 @@ def verify(
             find_model(str(gguf)),
             text=_verify_text(verify_text),
             against=against or [],
-            settings=settings,
+            settings=VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed),
             expected=expected,
         )
-    if json:
-        console.write_json(report)
-    else:
-        console.show_verification(report)
+    answer(json, view.show, report)
 
 
 @app.command()
 def compare(
-    model: Model,
-    max_size: MaxSize = "Q4_K_M",
-    verify_text: VerifyText = None,
-    tokens: Scored = 3060,
-    no_speed: NoSpeed = False,
-    workdir: Workdir = None,
-    threads: Threads = None,
-    allow_requantize: Requantize = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    model: arg.Model,
+    max_size: arg.MaxSize = "Q4_K_M",
+    verify_text: arg.VerifyText = None,
+    tokens: arg.Scored = 3060,
+    no_speed: arg.NoSpeed = False,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    allow_requantize: arg.Requantize = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Other ways to choose types at the same size: uniform, stock, by error, by score, ours."""
-    from apreqel import console, pipeline
+    from apreqel.console import verify as view
+    from apreqel.evaluate.strategies import compare_strategies
     from apreqel.evaluate.verify import VerifySettings
     from apreqel.plan.request import size_from
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
-        report = pipeline.compare(
+        report = compare_strategies(
             space,
             size_from(max_size or "Q4_K_M", space.inventory),
             text=_verify_text(verify_text),
             settings=VerifySettings(n_scored=tokens, with_speed=not no_speed),
         )
-    if json:
-        console.write_json(report)
-    else:
-        console.show_verification(report)
+    answer(json, view.show, report)
 
 
 @app.command()
+@arg.asking(*arg.LIMITS, "device", "feedback", "effort", "minutes")
 def auto(
-    model: Model,
-    prefer: Prefer = "accuracy",
-    weights: Weights = None,
-    max_size: MaxSize = None,
-    target_bpw: TargetBpw = None,
-    max_kld: MaxKld = None,
-    max_degradation: MaxDegradation = None,
-    max_ram: MaxRam = None,
-    fit: Fit = False,
-    ctx: RunCtx = None,
-    min_decode: MinDecode = None,
-    min_prefill: MinPrefill = None,
-    workload: Workload = "512:128",
-    pin: Pin = None,
-    only_types: OnlyTypes = None,
-    exclude_types: ExcludeTypes = None,
-    max_type_changes: MaxTypeChanges = None,
-    experts: Experts = None,
-    device: Device = None,
-    feedback: Feedback = False,
-    effort: EffortName = "normal",
-    minutes: Minutes = None,
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="The GGUF to write.")
-    ] = None,
-    against: Against = None,
-    text: Calibration = None,
-    verify_text: VerifyText = None,
-    tokens: Scored = 3060,
-    workdir: Workdir = None,
-    threads: Threads = None,
-    force: Force = False,
-    allow_requantize: Requantize = False,
-    json: Json = False,
-    quiet: Quiet = False,
+    model: arg.Model,
+    wishes: Wishes,
+    output: arg.Output = None,
+    against: arg.Against = None,
+    text: arg.Calibration = None,
+    verify_text: arg.VerifyText = None,
+    tokens: arg.Scored = 3060,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    force: arg.Force = False,
+    allow_requantize: arg.Requantize = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
 ) -> None:
     """Profile, probe, plan, quantise and verify, running only what is missing or stale."""
-    from apreqel import console, pipeline
+    from apreqel import pipeline
+    from apreqel.console import verify as view
     from apreqel.evaluate.verify import VerifySettings
+    from apreqel.plan.request import request_of
+    from apreqel.sensitivity.measure import effort_from
 
-    wishes = dict(locals())
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         result = pipeline.auto(
             space,
-            _request(space, wishes),
-            device=device,
-            effort=_effort(effort, minutes),
+            request_of(wishes, space.inventory),
+            device=wishes.device,
+            effort=effort_from(wishes.effort, wishes.minutes),
             texts=_texts(text),
             text=_verify_text(verify_text),
             against=against if against is not None else ["Q4_K_M"],
-            verify_settings=VerifySettings(n_scored=tokens),
+            settings=VerifySettings(n_scored=tokens),
             output=output,
             force=force,
         )
-    if json:
-        console.write_json(result)
-    else:
-        console.show_everything(result)
+    answer(json, view.show_everything, result)
 
 
 # --- from options to library values --------------------------------------------------------------
@@ -501,49 +321,11 @@ def _workspace(
 
     return pipeline.open_workspace(
         model,
-        workdir=workdir,
+        folder=workdir,
         n_threads=threads,
         allow_requantize=allow_requantize,
-        on_progress=_reporter(quiet),
+        progress=Reporter(quiet),
     )
-
-
-def _reporter(quiet: bool) -> Any:
-    import atexit
-
-    from apreqel.console import Reporter
-
-    reporter = Reporter(quiet)
-    atexit.register(reporter.finish)
-    return reporter
-
-
-def _effort(name: str, minutes: float | None) -> Effort:
-    from apreqel.sensitivity.measure import effort_from
-
-    return effort_from(name, minutes)
-
-
-def _check_together(wishes: Mapping[str, Any]) -> None:
-    """Raise UsageError for options of `plan` that contradict each other, before any work."""
-    from apreqel.sensitivity.damage import METRICS
-
-    metric = wishes["metric"]
-    if metric not in METRICS:
-        raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
-    if metric != "kld" and wishes["max_kld"] is not None:
-        raise UsageError("--max-kld limits KL divergence; with --metric perplexity leave it out")
-    many = wishes["front"] or wishes["ladder"]
-    if wishes["refine"] and (wishes["unchecked"] or many or metric != "kld"):
-        raise UsageError(
-            "--refine compares real files of one plan by KL divergence: not with --unchecked, "
-            "--front, --ladder or --metric perplexity"
-        )
-    if wishes["refine"] and (wishes["weights"] or wishes["prefer"] == "balanced"):
-        raise UsageError(
-            "--refine compares plans by size, speed or closeness: not with --prefer balanced or "
-            "--weights"
-        )
 
 
 def _texts(paths: Sequence[Path] | None) -> list[Text]:
@@ -558,50 +340,7 @@ def _verify_text(path: Path | None) -> Text:
     return calibration.read_text(path) if path else calibration.heldout_text()
 
 
-def _request(space: Workspace, wishes: Mapping[str, Any]) -> PlanRequest:
-    """The options of `plan` and `auto`, by their names there. Raises UsageError."""
-    from apreqel.plan import request
-    from apreqel.plan.options import parse_constraints
-    from apreqel.sensitivity.experts import require_count
-
-    prefer, limit, ram = wishes["prefer"], wishes["max_size"], wishes["max_ram"]
-    if prefer not in request.PRIORITIES:
-        raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(request.PRIORITIES)}")
-    if wishes["experts"] is not None:
-        require_count(space.inventory, wishes["experts"])
-    constraints = parse_constraints(
-        wishes["pin"] or [], wishes["only_types"], wishes["exclude_types"]
-    )
-    copied = request.copied_pins(space.inventory, wishes.get("like"), wishes.get("recipe"))
-    size = request.size_from(limit, space.inventory) if limit else None
-    if copied and size is None:
-        size = request.any_size(space.inventory)
-    klds = [wishes["max_kld"]]
-    if wishes["max_degradation"]:
-        klds.append(request.parse_degradation(wishes["max_degradation"]))
-    rams = [request.parse_size(ram, "--max-ram")] if ram else []
-    if wishes["fit"]:
-        rams.append(request.free_memory())
-    return request.PlanRequest(
-        prefer,
-        max_size_bytes=size,
-        target_bpw=wishes["target_bpw"],
-        max_kld_nats=min((kld for kld in klds if kld is not None), default=None),
-        max_ram_bytes=min(rams, default=None),
-        n_ctx=request.parse_context(wishes["ctx"]),
-        longest_context=wishes["ctx"] == "max",
-        min_decode_tps=wishes["min_decode"],
-        min_prefill_tps=wishes["min_prefill"],
-        workload=request.parse_workload(wishes["workload"]),
-        weights=request.parse_weights(wishes["weights"]) if wishes["weights"] else {},
-        max_type_changes=wishes["max_type_changes"],
-        experts_used=wishes["experts"],
-        feedback=wishes["feedback"],
-        constraints=replace(constraints, pins=[*copied, *constraints.pins]),
-    )
-
-
-def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Any, str]:
+def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | None, str]:
     """The plan to check against, if any, and the original model."""
     from apreqel.plan.plan import Plan
 
@@ -614,11 +353,10 @@ def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Any, st
 
 def main() -> NoReturn:
     """Run the command; one line on stderr and the class's exit code for an expected failure."""
-
-    def interrupt(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for name in ("stdout", "stderr"):  # None where the shell closed it, as `>&-` does
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
     try:
         sys.exit(app(standalone_mode=False) or 0)
     except ApreqelError as error:
@@ -634,7 +372,3 @@ def main() -> NoReturn:
             print(message, file=sys.stderr)
             sys.exit(UsageError.exit_code)
         raise
-
-
-if __name__ == "__main__":
-    main()

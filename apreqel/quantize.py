@@ -1,7 +1,8 @@
 """Write the quantised file: check everything, hand a job table to the C program, check the result.
 
 The C program (`tools/apreqel-quantize.c`, installed as `apreqel/bin/apreqel-quantize`) runs in a
-process of its own, so that a crash inside ggml ends that process and not the user's session.
+process of its own, so that a crash inside ggml ends that process and not the user's session. It
+writes a temporary file, which is moved to its place when it has been checked.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -32,19 +33,26 @@ from apreqel.errors import (
     VerificationError,
     printable,
 )
-from apreqel.llama import ggml_base_path
-from apreqel.model.inventory import Inventory, Tensor, read_inventory, require_float_source
+from apreqel.llama.library import ggml_base_path
+from apreqel.model.inventory import Inventory, read_inventory, require_float_source
 from apreqel.model.qtypes import lookup
+from apreqel.progress import Progress, silent
 
 if TYPE_CHECKING:
     from apreqel.model.imatrix import Imatrix
 
-# enum failure in the C program
-_JOB, _IO, _DATA, _GGML, _EXISTS, _INTERRUPTED = range(20, 26)
+# What an exit status of the C program (its enum failure) means, and what to do about it.
+_IO, _INTERRUPTED = 22, 26
+_FAILURES: Mapping[int, tuple[type[ApreqelError], str]] = {
+    20: (EngineError, "; the job table is wrong, which is a fault of apreqel: report it"),
+    21: (ModelFileError, ""),
+    _IO: (OutputError, ""),
+    23: (ModelFileError, "; the model is damaged"),
+    24: (EngineError, "; install llama-cpp-python again"),
+    25: (EngineError, "; close other programs or use fewer threads"),
+    _INTERRUPTED: (Interrupted, "; the output is as it was"),
+}
 _COMPARE_BLOCK_BYTES = 1 << 22
-
-# (bytes written, bytes in all, tensor)
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -67,38 +75,34 @@ def quantize_model(
     n_threads: int = 1,
     force: bool = False,
     allow_requantize: bool = False,
-    on_progress: Progress | None = None,
+    progress: Progress = silent,
 ) -> QuantizedModel:
     """Write `output` with each tensor in its type from `types` (every tensor, exact names).
 
     Raises UsageError (the map), CalibrationError (a type lacks its imatrix), UnsupportedModelError
-    (quantised source), OutputError, LockedError, ModelFileError (NaN), EngineError,
-    VerificationError, Interrupted. On any of them `output` is as it was.
+    (quantised source), OutputError, LockedError, ModelFileError (NaN, or the source cannot be
+    read), EngineError (ggml, or out of memory), VerificationError, Interrupted. On any of them
+    `output` is as it was. The progress is in bytes.
     """
     check_job(inventory, types, output, imatrix, force, allow_requantize)
+    job = _Job(inventory, types, imatrix, extra_metadata, n_threads)
     size = inventory.output_size(types, extra_metadata)
-    artifacts.require_space(output.absolute().parent, size, "the quantised model")
     started = time.monotonic()
     with (
-        artifacts.lock(output.with_name(f".{output.name}.lock")),
+        artifacts.lock(output.with_name(f".{output.name}.lock"), remove=True) as held,
+        artifacts.new_file(output, replace=force) as part,
         tempfile.TemporaryDirectory(prefix="apreqel-") as folder,
     ):
+        artifacts.require_space(output.absolute().parent, size, "the quantised model")
         try:
-            job = _write_job(
-                Path(folder),
-                inventory,
-                types,
-                output,
-                imatrix,
-                extra_metadata,
-                size,
-                n_threads,
-                force,
-            )
-            report = _run(job, output, on_progress)
-            check_written(inventory, types, output)
-        finally:
-            output.with_name(f".{output.name}.lock").unlink(missing_ok=True)
+            table = job.write(Path(folder), part)
+        except OSError as error:
+            raise artifacts.output_error(folder, error) from error
+        try:
+            report = _run(table, held, progress)
+            check_written(inventory, types, part)
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped; {output} is as it was") from None
     seconds = time.monotonic() - started
     return QuantizedModel(output, size, seconds, int(report["peak_rss_bytes"]))
 
@@ -164,8 +168,9 @@ def check_map(inventory: Inventory, types: Mapping[str, str], imatrix: Imatrix |
 
 def check_output(inventory: Inventory, output: Path, force: bool) -> None:
     """Refuse an output that is the input by any name, a folder, or there already."""
-    if any(c in str(output) for c in "\n\r"):
-        raise OutputError(f"{printable(str(output))}: a path must not hold line breaks")
+    for path in (output, *inventory.files):
+        if any(c in str(path) for c in "\n\r"):
+            raise OutputError(f"{printable(str(path))}: a path must not hold line breaks")
     for source in inventory.files:
         if output.exists() and source.exists() and output.samefile(source):
             raise OutputError(f"{output}: is the input {source}; choose another output")
@@ -183,64 +188,60 @@ def program_path() -> Path:
     return path
 
 
-def _write_job(
-    folder: Path,
-    inventory: Inventory,
-    types: Mapping[str, str],
-    output: Path,
-    imatrix: Imatrix | None,
-    extra_metadata: Sequence[bytes],
-    size: int,
-    n_threads: int,
-    force: bool,
-) -> Path:
-    """The job table and what it points to, in `folder`; layout in the C program's header."""
-    header, offsets = inventory.output_header(types, extra_metadata)
-    (folder / "header").write_bytes(header)
-    lines, n_floats = [], 0
-    with open(folder / "imatrix", "wb") as importance:
-        for tensor, offset in zip(inventory.tensors, offsets, strict=True):
-            weights = imatrix.weights(tensor.name) if imatrix else None
-            target = lookup(types[tensor.name])
-            place = -1
-            if weights is not None and target != tensor.qtype:
-                place, n_floats = n_floats, n_floats + weights.size
-                importance.write(np.ascontiguousarray(weights, np.float32).tobytes())
-            lines.append(_tensor_line(tensor, target.ggml_id, offset, place))
-    output = output.absolute()
-    fields = [
-        "apreqel-quantize 1",
-        f"threads {max(1, min(n_threads, 256))}",
-        f"alignment {inventory.alignment}",
-        f"size {size}",
-        f"force {int(force)}",
-        f"ggml {ggml_base_path()}",
-        f"header {folder / 'header'}",
-        f"imatrix {folder / 'imatrix' if n_floats else '-'}",
-        f"temp {output.with_name(f'.{output.name}.part')}",
-        f"output {output}",
-        *(f"source {h.file_size} {h.path.absolute()}" for h in inventory.headers),
-        *lines,
-        "end",
-    ]
-    job = folder / "job"
-    job.write_text("\n".join(fields) + "\n")
-    return job
+@dataclass(frozen=True)
+class _Job:
+    """What the C program is to do."""
 
+    inventory: Inventory
+    types: Mapping[str, str]
+    imatrix: Imatrix | None
+    extra_metadata: Sequence[bytes]
+    n_threads: int
 
-def _tensor_line(tensor: Tensor, to_type: int, to: int, imatrix: int) -> str:
-    matrix_rows = tensor.n_rows // tensor.n_experts
-    return (
-        f"tensor {tensor.shard} {tensor.offset} {tensor.qtype.ggml_id} {to} {to_type} "
-        f"{tensor.n_rows} {matrix_rows} {tensor.row_length} {imatrix} {tensor.name}"
-    )
+    def write(self, folder: Path, part: Path) -> Path:
+        """The job table and what it points to, in `folder`; layout in the C program's header."""
+        header, offsets = self.inventory.output_header(self.types, self.extra_metadata)
+        lines, n_floats = [], 0
+        with open(folder / "imatrix", "wb") as importance:
+            for tensor, offset in zip(self.inventory.tensors, offsets, strict=True):
+                weights = self.imatrix.weights(tensor.name) if self.imatrix else None
+                target = lookup(self.types[tensor.name])
+                place = -1
+                if weights is not None and target != tensor.qtype:
+                    place, n_floats = n_floats, n_floats + weights.size
+                    importance.write(np.ascontiguousarray(weights, np.float32).tobytes())
+                matrix_rows = tensor.n_rows // tensor.n_experts
+                lines.append(
+                    f"tensor {tensor.shard} {tensor.offset} {tensor.qtype.ggml_id} "
+                    f"{offset} {target.ggml_id} {tensor.n_rows} {matrix_rows} "
+                    f"{tensor.row_length} {place} {printable(tensor.name)}"
+                )
+        (folder / "header").write_bytes(header)
+        fields = [
+            "apreqel-quantize 2",
+            f"threads {max(1, min(self.n_threads, 256))}",
+            f"alignment {self.inventory.alignment}",
+            f"size {self.inventory.output_size(self.types, self.extra_metadata)}",
+            f"ggml {ggml_base_path()}",
+            f"header {folder / 'header'}",
+            f"imatrix {folder / 'imatrix' if n_floats else '-'}",
+            f"temp {part.absolute()}",
+            *(f"source {h.file_size} {h.path.absolute()}" for h in self.inventory.headers),
+            *lines,
+            "end\n",
+        ]
+        (folder / "job").write_bytes(os.fsencode("\n".join(fields)))
+        return folder / "job"
 
 
 # --- during --------------------------------------------------------------------------------------
 
 
-def _run(job: Path, output: Path, on_progress: Progress | None) -> dict[str, Any]:
-    """Run the C program to its end; its last report. Raises what its failure means."""
+def _run(job: Path, held: int, progress: Progress) -> dict[str, Any]:
+    """Run the C program to its end; its last report. Raises what its failure means.
+
+    It inherits the lock `held`, for it may outlive this process by a moment.
+    """
     report: dict[str, Any] = {}
     tensor = ""
     # Its own session: Ctrl-C reaches only this process, which then stops the child in order.
@@ -248,49 +249,43 @@ def _run(job: Path, output: Path, on_progress: Progress | None) -> dict[str, Any
         [program_path(), job],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
+        encoding="utf-8",
+        errors="replace",
+        pass_fds=[held],
         start_new_session=True,
     ) as child:
         assert child.stdout is not None and child.stderr is not None
         try:
             for line in child.stdout:
                 report = json.loads(line)
-                if report.get("event") == "progress":
+                if report["event"] == "progress":
                     tensor = report["tensor"]
-                    if on_progress:
-                        on_progress(report["done_bytes"], report["total_bytes"], tensor)
-            noise = child.stderr.read().decode("utf-8", "replace")
+                    progress("quantising", report["done_bytes"], report["total_bytes"])
+            noise = child.stderr.read().strip()
             code = child.wait()
-        except KeyboardInterrupt:
-            child.send_signal(signal.SIGTERM)
+        except BaseException:
+            child.terminate()
             child.wait()
-            raise Interrupted(f"stopped; {output} is as it was") from None
+            raise
     if code == 0 and report.get("event") == "done":
         return report
-    raise _failure(code, report, noise, tensor, output)
+    if code in _FAILURES and report.get("event") == "error":
+        raise _failure(code, report)
+    how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+    reason = printable(noise.splitlines()[-1], 200) if noise else "no message"
+    raise EngineError(f"the quantiser {how} near tensor {tensor!r}: {reason}")
 
 
-def _failure(
-    code: int, report: Mapping[str, Any], noise: str, tensor: str, output: Path
-) -> ApreqelError:
-    message = printable(str(report.get("message", "")), 400)
-    where = f"tensor {report['tensor']}: " if report.get("tensor") else ""
-    if code < 0:
-        output.with_name(f".{output.name}.part").unlink(missing_ok=True)
-        reason = printable(noise.strip().splitlines()[-1], 200) if noise.strip() else "no message"
-        name = signal.Signals(-code).name
-        return EngineError(f"the quantiser was ended by {name} near tensor {tensor!r}: {reason}")
-    if code == _DATA:
-        return ModelFileError(f"{where}row {report['row']}: {message}; the model is damaged")
-    if code == _IO:
-        number = int(report.get("row", -1))
-        if number > 0:
-            return artifacts.output_error(Path(message), OSError(number, os.strerror(number)))
-        return ModelFileError(message)
-    if code == _EXISTS:
-        return OutputError(f"{message}; use --force to replace it")
-    if code == _INTERRUPTED:
-        return Interrupted(f"stopped; {output} is as it was")
-    return EngineError(f"{where}the quantiser failed (status {code}): {message or noise.strip()}")
+def _failure(code: int, report: Mapping[str, Any]) -> ApreqelError:
+    """What the C program's last report means."""
+    where = [f"{field} {report[field]}" for field in ("tensor", "row", "line") if field in report]
+    text = printable(": ".join([*where, report["message"]]), 400)
+    meaning, advice = _FAILURES[code]
+    if number := report.get("errno"):
+        if code == _IO:
+            return artifacts.output_error(text, OSError(number, os.strerror(number)))
+        advice = f": {os.strerror(number)}{advice}"
+    return meaning(text + advice)
 
 
 # --- after ---------------------------------------------------------------------------------------
@@ -321,12 +316,15 @@ def check_written(inventory: Inventory, types: Mapping[str, str], path: Path) ->
 
 
 def _same_bytes(a: Path, a_offset: int, b: Path, b_offset: int, size: int) -> bool:
-    with open(a, "rb") as left, open(b, "rb") as right:
-        left.seek(a_offset)
-        right.seek(b_offset)
-        while size:
-            n = min(size, _COMPARE_BLOCK_BYTES)
-            if left.read(n) != right.read(n):
-                return False
-            size -= n
+    try:
+        with open(a, "rb") as left, open(b, "rb") as right:
+            left.seek(a_offset)
+            right.seek(b_offset)
+            while size:
+                n = min(size, _COMPARE_BLOCK_BYTES)
+                if left.read(n) != right.read(n):
+                    return False
+                size -= n
+    except OSError as error:
+        raise VerificationError(f"{b}: not compared with {a}: {error.strerror}") from error
     return True

@@ -21,7 +21,7 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in shown else chr(next(extra)) for b in range(256)]
 
 
-def _tokenizer(writer: GGUFWriter) -> int:
+def _tokenizer(writer: GGUFWriter, more_tokens: int) -> int:
     tokens = byte_alphabet()
     merges = []
     for merged in _MERGED:
@@ -32,7 +32,7 @@ def _tokenizer(writer: GGUFWriter) -> int:
                 tokens.append(merged)
                 break
     tokens.append("<|endoftext|>")
-    tokens += [f"<|unused{i}|>" for i in range(-len(tokens) % 32)]
+    tokens += [f"<|unused{i}|>" for i in range(-len(tokens) % 32 + more_tokens)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
@@ -67,6 +67,7 @@ def build(
     n_expert: int = 0,
     seed: int = 0,
     context: int = 2048,
+    more_tokens: int = 0,
 ) -> Path:
     """A llama model in `kind` (F32, F16, BF16 or a quant type that gguf-py can write)."""
     random = np.random.default_rng(seed)
@@ -83,7 +84,7 @@ def build(
     if n_expert:
         writer.add_expert_count(n_expert)
         writer.add_expert_used_count(2)
-    n_vocab = _tokenizer(writer)
+    n_vocab = _tokenizer(writer, more_tokens)
     qtype = GGMLQuantizationType[kind]
 
     def add(name: str, values: np.ndarray) -> None:

@@ -12,18 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from apreqel.device.shapes import shapes_of
 
 from apreqel.artifacts import Provenance
-from apreqel.device import profile
 from apreqel.device.machine import Device
 from apreqel.device.profile import DeviceProfile, Kernel, Overhead, Reading
-from apreqel.model.imatrix import Imatrix, ImatrixEntry, read_imatrix
+from apreqel.llama.engine import LoadedModel
+from apreqel.model.imatrix import Imatrix, ImatrixEntry
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup
+from apreqel.plan.planner import Planner
+from apreqel.progress import Progress, silent
 from apreqel.sensitivity import calibration
 from apreqel.sensitivity import measure as sensitivity
-from apreqel.sensitivity.calibration import Text
-from apreqel.sensitivity.measure import Effort, ProbeSettings, Sensitivity
+from apreqel.sensitivity.calibration import Text, TokenSet
+from apreqel.sensitivity.damage import damage_model
+from apreqel.sensitivity.measure import Effort, ProbeSettings
+from apreqel.sensitivity.measurement import ProbedModel, Sensitivity, TensorSensitivity
 from apreqel.workspace import Workspace
 
 # --- the command ---------------------------------------------------------------------------------
@@ -96,41 +101,61 @@ def divergences(p: np.ndarray, q: np.ndarray) -> np.ndarray:
     return np.asarray((np.exp(p) * (p - q)).sum(axis=1))
 
 
+def divergences_of_files(
+    original: Path, other: Path, text: TokenSet, overrides: dict[str, int] | None = None
+) -> np.ndarray:
+    """KL divergence in nats of `other`, by the definition: [chunks, scored tokens]."""
+    rows = []
+    with (
+        LoadedModel(original) as a,
+        LoadedModel(other, overrides=overrides) as b,
+        a.context(text.n_ctx, 1, 2) as p_context,
+        b.context(text.n_ctx, 1, 2) as q_context,
+    ):
+        for i in range(text.n_chunks):
+            chunk = text.part(slice(i, i + 1))
+            p = log_probabilities(p_context.evaluate(chunk.tokens, chunk.positions))
+            q = log_probabilities(q_context.evaluate(chunk.tokens, chunk.positions))
+            rows.append(divergences(p, q))
+    return np.stack(rows)
+
+
 # --- quick measurements --------------------------------------------------------------------------
 
 SHA = "0" * 64
 SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128, probe_ctx=64)
 LITTLE = Effort("quick", 2, 0.5, 2)
 
-Measured = tuple[Inventory, Path, Sensitivity]
-
 
 def texts() -> list[Text]:
     return calibration.bundled_texts()
 
 
+def workspace(inventory: Inventory, folder: Path, progress: Progress = silent) -> Workspace:
+    return Workspace(inventory, SHA, folder, n_threads=2, allow_requantize=True, progress=progress)
+
+
 def measure(
-    inventory: Inventory, folder: Path, effort: Effort = LITTLE, **options: Any
-) -> Sensitivity:
-    """The tensors' sensitivities on little text; `options` go to the measurement itself."""
-    return sensitivity.measure(
-        inventory,
-        SHA,
-        folder,
-        texts=texts(),
-        settings=SHORT,
-        effort=effort,
-        n_threads=2,
-        **options,
-    )
+    inventory: Inventory,
+    folder: Path,
+    effort: Effort = LITTLE,
+    settings: ProbeSettings = SHORT,
+    progress: Progress = silent,
+) -> ProbedModel:
+    """The tensors' sensitivities, measured on little text."""
+    space = workspace(inventory, folder, progress)
+    return sensitivity.measure(space, texts=texts(), settings=settings, effort=effort)
 
 
-def load_imatrix(folder: Path, inventory: Inventory) -> Imatrix:
-    return read_imatrix(folder / "imatrix.gguf", inventory)
+def planner_of(probed: ProbedModel, **options: Any) -> Planner:
+    """With what probing alone tells."""
+    return Planner(probed, damage_model(probed.sensitivity), **options)
 
 
-def workspace(inventory: Inventory, folder: Path) -> Workspace:
-    return Workspace(inventory, SHA, folder, n_threads=2, allow_requantize=True)
+def made_up_model(inventory: Inventory, tensors: Mapping[str, TensorSensitivity]) -> ProbedModel:
+    """Measured only in the test's words, with no imatrix and no folder."""
+    found = Sensitivity(Provenance(SHA), tensors, effort="normal")
+    return ProbedModel(workspace(inventory, Path("nowhere")), found, Imatrix({}))
 
 
 # --- made-up device profiles ---------------------------------------------------------------------
@@ -145,7 +170,7 @@ def made_up(inventory: Inventory, seconds: Mapping[str, tuple[float, float]]) ->
                 Reading(prefill * shape.weights_read / 1e6, 0.0, 5),
                 "CPU",
             )
-            for shape in profile.shapes_of(inventory)
+            for shape in shapes_of(inventory)
         }
         for type_name, (decode, prefill) in seconds.items()
     }
@@ -158,7 +183,7 @@ def made_up(inventory: Inventory, seconds: Mapping[str, tuple[float, float]]) ->
         1,
         512,
         kernels,
-        {profile.signature(inventory): overhead},
+        {inventory.shape_digest: overhead},
     )
 
 

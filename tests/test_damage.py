@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from apreqel.sensitivity.bench import TensorErrors
-from apreqel.sensitivity.damage import DamageModel, KernelLoss, Knot, Place, Probe, expected_gain
+from apreqel.sensitivity.damage import DamageModel, MeasuredFile, expected_gain
+from apreqel.sensitivity.measurement import KernelLoss, Probe, TensorErrors, TensorSensitivity
 from apreqel.sensitivity.metrics import Estimate
 
 TYPES = {"Q8_0": 3e-5, "Q6_K": 2e-4, "Q5_0": 1e-3, "Q4_0": 5e-3, "Q4_K": 5.5e-3, "Q3_K": 3e-2}
@@ -20,9 +21,18 @@ def steady(nats: float, chunks: int = 8) -> Probe:
 
 
 def model_of(probes: dict[str, dict[str, Probe]], **options: object) -> DamageModel:
-    errors = {name: TensorErrors(TYPES, {}) for name in probes}
-    places = {name: Place("ffn_up", i) for i, name in enumerate(probes)}
-    return DamageModel(errors, probes, places, **options)  # type: ignore[arg-type]
+    return DamageModel(tensors_of(probes), **options)  # type: ignore[arg-type]
+
+
+def tensors_of(
+    probes: dict[str, dict[str, Probe]], errors: TensorErrors | None = None
+) -> dict[str, TensorSensitivity]:
+    """Tensors of one role in layer after layer, all with the same errors."""
+    errors = errors or TensorErrors(TYPES, {})
+    return {
+        name: TensorSensitivity("ffn_up", i, errors, known)
+        for i, (name, known) in enumerate(probes.items())
+    }
 
 
 def test_a_sure_probe_is_its_own_answer_and_others_follow_it() -> None:
@@ -113,67 +123,68 @@ def test_a_probe_below_the_noise_is_unresolved() -> None:
 
 def test_a_type_that_holds_the_weights_exactly_says_nothing_of_others() -> None:
     probes = {"a": {"Q4_0": steady(0.02), "Q8_0": steady(0.0)}}
-    errors = {"a": TensorErrors({**TYPES, "Q8_0": 1e-7}, {})}
-    model = DamageModel(errors, probes, {"a": Place("head", 0)})
+    model = DamageModel(tensors_of(probes, TensorErrors({**TYPES, "Q8_0": 1e-7}, {})))
     assert model.damage("a", "Q4_0").nats == pytest.approx(0.02, rel=0.02)
     assert model.damage("a", "Q8_0").nats < 1e-6
 
 
 def test_kernels_add_what_whole_models_lost() -> None:
-    errors = {n: TensorErrors({"Q8_0": 3e-5}, {"Q8_0": 1e-5}) for n in ("a", "b")}
-    places = {n: Place("ffn_up", i) for i, n in enumerate(errors)}
-    probes = {n: {"Q8_0": steady(0.003)} for n in errors}
-    plain = DamageModel(errors, probes, places)
+    probes = {n: {"Q8_0": steady(0.003)} for n in "ab"}
+    tensors = tensors_of(probes, TensorErrors({"Q8_0": 3e-5}, {"Q8_0": 1e-5}))
+    plain = DamageModel(tensors)
     without = 0.006
-    raw = plain.raw_total({"a": "Q8_0", "b": "Q8_0"})
+    raw = plain.damage_sum({"a": "Q8_0", "b": "Q8_0"})
     assert raw == pytest.approx(without * 4 / 3, rel=0.1)  # a third more error, a third more damage
-    measured = DamageModel(errors, probes, places, {"Q8_0": KernelLoss(0.006, 0.010)})
-    assert measured.raw_total({"a": "Q8_0", "b": "Q8_0"}) == pytest.approx(0.010, rel=1e-3)
-    assert measured.raw_total({"a": "F16", "b": "F16"}) == 0  # left as it is: no kernel, no loss
+    measured = replace(plain, kernels={"Q8_0": KernelLoss(0.006, 0.010)})
+    assert measured.damage_sum({"a": "Q8_0", "b": "Q8_0"}) == pytest.approx(0.010, rel=1e-3)
+    assert measured.damage_sum({"a": "F16", "b": "F16"}) == 0  # left as it is: no kernel, no loss
 
 
 def test_totals_follow_real_files_and_come_back() -> None:
     probes = {f"t{i}": {"Q4_0": steady(0.01), "Q8_0": steady(1e-4)} for i in range(4)}
     maps = [dict.fromkeys(probes, t) for t in ("Q4_0", "Q5_0", "Q8_0")]
     plain = model_of(probes)
-    real = [0.5 * plain.raw_total(m) ** 0.9 for m in maps]
-    knots = [Knot(m, Estimate(r, 0.02 * r, 8)) for m, r in zip(maps, real, strict=True)]
-    model = model_of(probes, knots=knots)
+    real = [0.5 * plain.damage_sum(m) ** 0.9 for m in maps]
+    files = [MeasuredFile(m, Estimate(r, 0.02 * r, 8)) for m, r in zip(maps, real, strict=True)]
+    model = model_of(probes, files=files)
     for types, kld in zip(maps, real, strict=True):
-        total = model.total(types)
+        total = model.predicted(types)
         assert total.nats == pytest.approx(kld, rel=1e-2)
         assert total.interval[0] < kld < total.interval[1]
     for nats in (1e-5, 3e-4, 1e-3, 2e-2, 0.5):
-        assert model.nats(model.raw(nats)) == pytest.approx(nats)
-    totals = [model.nats(raw) for raw in np.geomspace(1e-6, 1, 200)]
+        assert model.file_nats(model.sum_for(nats)) == pytest.approx(nats)
+    totals = [model.file_nats(damage_sum) for damage_sum in np.geomspace(1e-6, 1, 200)]
     assert totals == sorted(totals)
 
 
-def test_feedback_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_lose() -> None:
-    errors = {n: TensorErrors({"Q8_0": 3e-5, "Q4_0": 5e-3}, {"Q8_0": 1e-5}) for n in "ab"}
-    places = {n: Place("ffn_up", i) for i, n in enumerate(errors)}
-    probes = {n: {"Q8_0": steady(0.003), "Q4_0": steady(0.5)} for n in errors}
-    gains = {"a": {"Q8_0": 0.25, "Q4_0": 0.0625}}  # of the output error: half and a quarter of nats
-    plain = DamageModel(errors, probes, places)
-    with_it = DamageModel(errors, probes, places, gains=gains)
+def test_gptq_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_lose() -> None:
+    probes = {n: {"Q8_0": steady(0.003), "Q4_0": steady(0.5)} for n in "ab"}
+    tensors = tensors_of(probes, TensorErrors({"Q8_0": 3e-5, "Q4_0": 5e-3}, {"Q8_0": 1e-5}))
+    ratios = {
+        "a": {"Q8_0": 0.25, "Q4_0": 0.0625}
+    }  # of the output error: half and a quarter of nats
+    plain, with_it = DamageModel(tensors), DamageModel(tensors, gptq_ratios=ratios)
     # Q8_0's kernel adds a third to what its weights lose, 0.003; to Q4_0's 0.5 it adds 0.001.
     assert with_it.damage("a", "Q8_0").nats == pytest.approx(0.0015 + 0.001, rel=0.02)
     assert with_it.damage("a", "Q4_0").nats == pytest.approx(0.125 + 0.001, rel=0.02)
     assert with_it.damage("b", "Q4_0") == plain.damage("b", "Q4_0")  # nothing is moved there
-    types = dict.fromkeys(errors, "Q4_0")
-    assert with_it.raw_total(types, feedback=False) == plain.raw_total(types)
-    assert with_it.total(types, feedback=False).nats == plain.total(types).nats
+    types = dict.fromkeys("ab", "Q4_0")
+    assert with_it.damage_sum(types, gptq=False) == plain.damage_sum(types)
+    assert with_it.predicted(types, gptq=False).nats == plain.predicted(types).nats
 
 
-def test_real_files_with_feedback_tell_totals_of_files_with_feedback() -> None:
+def test_real_files_with_gptq_tell_totals_of_files_with_gptq() -> None:
     probes = {f"t{i}": {"Q4_0": steady(0.01), "Q8_0": steady(1e-4)} for i in range(4)}
     types = dict.fromkeys(probes, "Q4_0")
-    gains = {name: dict.fromkeys(TYPES, 0.25) for name in probes}
-    knots = [Knot(types, Estimate(0.03, 1e-3, 8)), Knot(types, Estimate(0.015, 1e-3, 8), True)]
-    model = model_of(probes, knots=knots, gains=gains)
-    assert model.total(types).nats == pytest.approx(0.015, rel=1e-2)
-    assert model.total(types, feedback=False).nats == pytest.approx(0.03, rel=1e-2)
-    assert model_of(probes, knots=knots).total(types).nats == pytest.approx(0.03, rel=1e-2)
+    ratios = {name: dict.fromkeys(TYPES, 0.25) for name in probes}
+    files = [
+        MeasuredFile(types, Estimate(0.03, 1e-3, 8)),
+        MeasuredFile(types, Estimate(0.015, 1e-3, 8), True),
+    ]
+    model = model_of(probes, files=files, gptq_ratios=ratios)
+    assert model.predicted(types).nats == pytest.approx(0.015, rel=1e-2)
+    assert model.predicted(types, gptq=False).nats == pytest.approx(0.03, rel=1e-2)
+    assert model_of(probes, files=files).predicted(types).nats == pytest.approx(0.03, rel=1e-2)
 
 
 def test_expected_gain_is_the_mean_of_what_is_won() -> None:

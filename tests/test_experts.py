@@ -5,52 +5,65 @@ from __future__ import annotations
 import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support import SHA, Measured, apreqel, expect, load_imatrix, made_up, measure, texts
+from support import (
+    apreqel,
+    divergences_of_files,
+    expect,
+    made_up,
+    measure,
+    planner_of,
+    texts,
+    workspace,
+)
 
-from apreqel import llama, quantize
-from apreqel.device.profile import matrix_shape, signature
+from apreqel import quantize
+from apreqel.device.shapes import matrix_shape
 from apreqel.errors import (
     ArtifactError,
     InfeasiblePlanError,
     UnsupportedModelError,
     UsageError,
 )
+from apreqel.estimates import Estimate
+from apreqel.llama import engine
 from apreqel.model.gguf_header import UINT32, encode_kv
 from apreqel.model.inventory import Inventory, read_inventory
-from apreqel.plan import front, plan, planner
+from apreqel.plan.front import pareto_front
+from apreqel.plan.make_plan import make_plan
+from apreqel.plan.plan import Plan
+from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest
-from apreqel.sensitivity import calibration, experts
-from apreqel.sensitivity.experts import ExpertUse
-from apreqel.sensitivity.metrics import Estimate, Reference, compare
+from apreqel.plan.solve import Solved, solve_request
+from apreqel.progress import Progress, silent
+from apreqel.sensitivity import calibration, experts, kv_cache
+from apreqel.sensitivity.experts import ExpertUse, expert_use
+from apreqel.sensitivity.measurement import ProbedModel
+from apreqel.sensitivity.metrics import Reference, compare
+from apreqel.solver.knapsack import total
 
 KEY = "llama.expert_used_count"
 
 
 @pytest.fixture(scope="module")
-def probed(moe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Measured:
-    inventory, folder = read_inventory(moe_model), tmp_path_factory.mktemp("experts")
-    return inventory, folder, measure(inventory, folder)
+def probed(moe_model: Path, tmp_path_factory: pytest.TempPathFactory) -> ProbedModel:
+    return measure(read_inventory(moe_model), tmp_path_factory.mktemp("experts"))
 
 
-def measured(inventory: Inventory, folder: Path, used: int, **options: object) -> ExpertUse:
-    return experts.measure_experts(
-        inventory,
-        SHA,
-        folder,
-        used,
-        texts=texts(),
-        n_threads=1,
-        **options,  # type: ignore[arg-type]
-    )
+def measured(
+    inventory: Inventory, folder: Path, used: int, progress: Progress = silent
+) -> ExpertUse:
+    return expert_use(workspace(inventory, folder, progress), used, texts())
 
 
 def logits(path: Path, overrides: dict[str, int] | None = None) -> np.ndarray:
     with (
-        llama.LoadedModel(path, overrides=overrides) as model,
+        engine.LoadedModel(path, overrides=overrides) as model,
         model.context(128, 1, 1) as context,
     ):
         tokens = calibration.chunks_of(model, texts(), 128)[:1]
@@ -71,8 +84,13 @@ def test_damage_is_that_of_the_count(moe_model: Path, tmp_path: Path) -> None:
     same = measured(inventory, tmp_path, 2)
     assert abs(same.kld.mean) < 1e-7 and (same.used, same.own, same.n_experts) == (2, 2, 4)
     fewer, more = measured(inventory, tmp_path, 1), measured(inventory, tmp_path, 4)
+    # By the definition, from a model that llama.cpp loads with that count.
+    with engine.LoadedModel(moe_model) as model:
+        text = kv_cache.probe_tokens(model, texts())
     for use in (fewer, more):
-        assert use.kld.is_resolved and 0 < use.damage_nats < np.inf
+        klds = divergences_of_files(moe_model, moe_model, text, {KEY: use.used})
+        assert use.damage_nats == use.kld.mean == pytest.approx(np.mean(klds), rel=5e-3)
+        assert use.kld.is_resolved
 
 
 def test_counts_are_kept_and_not_measured_twice(
@@ -87,11 +105,11 @@ def test_counts_are_kept_and_not_measured_twice(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        measured(inventory, tmp_path, 3, on_progress=interrupt)
+        measured(inventory, tmp_path, 3, interrupt)
     assert [p.name for p in tmp_path.iterdir()] == [experts.EXPERTS_FILE]
     third = measured(inventory, tmp_path, 3)
     with monkeypatch.context() as patch:
-        patch.setattr(llama, "LoadedModel", None)
+        patch.setattr(experts, "LoadedModel", None)
         assert measured(inventory, tmp_path, 1) == first
         assert measured(inventory, tmp_path, 3) == third
     # Another llama.cpp gives other numbers: none of its predecessor's are mixed in.
@@ -105,7 +123,7 @@ def test_counts_are_kept_and_not_measured_twice(
     document = json.loads(path.read_text())
     document["data"]["kld_by_count"]["3"] = {"mean": 1.0}
     path.write_text(json.dumps(document))
-    with pytest.raises(ArtifactError, match=r"experts\.json is damaged"):
+    with pytest.raises(ArtifactError, match=r"experts\.json: experts is damaged"):
         measured(inventory, tmp_path, 3)
 
 
@@ -127,18 +145,22 @@ def test_counts_that_cannot_be(moe_model: Path, llama_model: Path, tmp_path: Pat
 # --- plans ---------------------------------------------------------------------------------------
 
 
-def test_the_file_runs_as_planned(probed: Measured, tmp_path: Path) -> None:
-    inventory, folder, state = probed
-    use, weights = measured(inventory, folder, 1), load_imatrix(folder, inventory)
+def planned(planner: Planner) -> Plan:
+    return make_plan(planner, solve_request(planner))
+
+
+def test_the_file_runs_as_planned(probed: ProbedModel, tmp_path: Path) -> None:
+    inventory, weights = probed.inventory, probed.imatrix
+    use = measured(inventory, probed.space.folder, 1)
     request = PlanRequest(target_bpw=9.0, experts_used=1)
-    made = planner.Planner(inventory, state, weights, request, folder, experts=use).plan()
-    plain = planner.Planner(inventory, state, weights, PlanRequest(target_bpw=9.0), folder).plan()
+    made = planned(planner_of(probed, request=request, experts=use))
+    plain = planned(planner_of(probed, request=replace(request, experts_used=None)))
     assert made.types == plain.types and made.size_bytes == plain.size_bytes
-    assert made.kld_nats == pytest.approx(plain.kld_nats + use.damage_nats)
+    assert made.damage_nats == pytest.approx(plain.damage_nats + use.damage_nats)
     assert made.metadata["apreqel.plan"] != plain.metadata["apreqel.plan"]
     assert "override" not in made.run_flags
     made.save(tmp_path / "plan.json")
-    assert plan.Plan.load(tmp_path / "plan.json").experts == use
+    assert Plan.load(tmp_path / "plan.json").experts == use
     output = tmp_path / "planned.gguf"
     quantize.quantize_model(
         inventory, made.types, output, imatrix=weights, extra_metadata=made.extra_metadata()
@@ -157,43 +179,37 @@ def test_the_file_runs_as_planned(probed: Measured, tmp_path: Path) -> None:
     assert np.array_equal(logits(untouched), fewer) and not np.array_equal(own, fewer)
 
 
-def test_damage_counts_in_limits(probed: Measured) -> None:
-    inventory, folder, state = probed
+def test_damage_counts_in_limits(probed: ProbedModel) -> None:
     use = ExpertUse(1, 2, 4, Estimate(0.2, 0.01, 100))
 
-    def solved(**wishes: object) -> planner.Solved:
-        request = PlanRequest("memory", experts_used=1, **wishes)  # type: ignore[arg-type]
-        return planner.solve_request(inventory, state, request, [], None, experts=use)
+    def solved(**wishes: Any) -> Solved:
+        request = PlanRequest("memory", experts_used=1, **wishes)
+        return solve_request(planner_of(probed, request=request, experts=use))
 
     found = solved(max_kld_nats=0.25)
     assert found.solution.choice
-    damage = sum(
-        row[c] for row, c in zip(found.options.damages, found.solution.choice, strict=True)
-    )
-    assert 0 < damage <= 0.05
+    assert 0 < total(found.options.damages, found.solution.choice) <= 0.05
     assert all(binding.at_most == "0.25000 nats" for binding in found.binding())
     with pytest.raises(
         InfeasiblePlanError, match=r"--max-kld 0\.10000 nats: cannot be met; .*0\.2"
     ):
         solved(max_kld_nats=0.1)
     # The usual limit, stock's quality, is that of stock with so many experts.
-    without = planner.solve_request(inventory, state, PlanRequest("memory"), [], None)
+    without = solve_request(planner_of(probed, request=PlanRequest("memory")))
     assert solved().solution.choice == without.solution.choice
-    shown = front.pareto_front(inventory, state, PlanRequest(), [], None, 6, experts=use)
-    assert all(point.kld_nats >= 0.2 for point in shown.points)
-    assert all(point.kld_nats < 0.2 for point in shown.stock if point.label == "Q8_0")
-    assert folder
+    shown = pareto_front(planner_of(probed, experts=use), 6)
+    assert all(point.damage_nats >= 0.2 for point in shown.points)
+    assert all(point.damage_nats < 0.2 for point in shown.stock if point.label == "Q8_0")
 
 
-def test_speed_is_of_the_count(probed: Measured) -> None:
-    inventory, folder, state = probed
+def test_speed_is_of_the_count(probed: ProbedModel) -> None:
+    inventory = probed.inventory
     profile = made_up(inventory, dict.fromkeys(("F16", "Q8_0", "Q4_K", "Q6_K"), (4.0, 1.0)))
     use = ExpertUse(1, 2, 4, Estimate(0.2, 0.01, 100))
     fewer = experts.with_experts(inventory, use)
-    assert signature(fewer) == signature(inventory) and profile.covers(fewer)
+    assert fewer.shape_digest == inventory.shape_digest and profile.covers(fewer)
     request = PlanRequest(min_decode_tps=1e-3, experts_used=1, workload=(0, 1))
-    weights = load_imatrix(folder, inventory)
-    made = planner.Planner(inventory, state, weights, request, folder, profile, experts=use).plan()
+    made = planned(planner_of(probed, request=request, profile=profile, experts=use))
     assert made.speed is not None and made.speed_with_own_experts is not None
 
     def seconds(model: Inventory) -> float:
@@ -207,9 +223,9 @@ def test_speed_is_of_the_count(probed: Measured) -> None:
     # A limit that only fewer experts can meet.
     between = 2 / (seconds(fewer) + seconds(inventory))
     tight = PlanRequest(min_decode_tps=between, experts_used=1, workload=(0, 1))
-    planner.solve_request(inventory, state, tight, [], profile, experts=use)
+    solve_request(planner_of(probed, request=tight, profile=profile, experts=use))
     with pytest.raises(InfeasiblePlanError, match="--min-decode-tps"):
-        planner.solve_request(inventory, state, tight, [], profile)
+        solve_request(planner_of(probed, request=tight, profile=profile))
 
 
 # --- the command ---------------------------------------------------------------------------------
@@ -231,6 +247,7 @@ def test_the_command(moe_model: Path, llama_model: Path, tmp_path: Path) -> None
     wishes = ["--target-bpw", "6", "--experts", "1", "-t", "1"]
     done = apreqel("plan", model, *wishes)
     assert done.returncode == 0, done.stderr
+    assert "probing 1 active experts" in done.stderr
     assert "experts: 1 of 4 active a token (the model's own count: 2), 0." in done.stdout
     output = tmp_path / "out.gguf"
     assert apreqel("quantize", folder / "plan.json", "-o", output).returncode == 0

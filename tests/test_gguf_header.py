@@ -130,7 +130,7 @@ def test_bad_file_is_refused_with_its_reason(name: str, tmp_path: Path) -> None:
 
 def test_every_truncation_of_a_good_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "cut.gguf"
-    for length in range(0, len(GOOD), 7):
+    for length in range(len(GOOD)):
         path.write_bytes(GOOD[:length])
         with pytest.raises(ModelFileError):
             read_header(path)
@@ -206,7 +206,6 @@ def test_mutations_are_read_or_refused(cuts: list[tuple[int, bytes]], tmp_path_f
         pair.value  # decodes without failing  # noqa: B018
 
 
-def test_record_type() -> None:
+def test_written_header_is_the_format_byte_by_byte() -> None:
     record = TensorRecord("a.weight", (32, 2), 0, 0)
-    raw = encode_header([ARCH], [record], 32)
-    assert raw[: len(GOOD) - 256] == GOOD[:-256]
+    assert encode_header([ARCH], [record], 32) == GOOD[:-256]

@@ -9,15 +9,15 @@ import gguf
 import models
 import pytest
 
-from apreqel import llama
 from apreqel.errors import ModelFileError, UnsupportedModelError
+from apreqel.llama.stock import stock_quantize, stock_types
 from apreqel.model.inventory import (
     keep_reason,
     read_inventory,
     require_float_source,
     role_and_layer,
 )
-from apreqel.model.qtypes import lookup, registry
+from apreqel.model.qtypes import lookup, nearest, registry
 
 
 def test_roles_and_layers() -> None:
@@ -35,6 +35,12 @@ def test_type_sizes_are_gguf_pys() -> None:
         assert not qtype.is_quantized or not qtype.holds_row(qtype.block_size + 1)
 
 
+def test_the_nearest_type() -> None:
+    assert nearest(["Q8_0", "Q4_0", "Q2_K"], 5) == "Q4_0"
+    assert nearest(["Q4_0", "Q5_0"], 5) == "Q5_0"  # half a bit off, both
+    assert nearest(["IQ4_NL", "Q4_K", "Q4_0"], 4) == "Q4_0"  # of one size: the first in ggml
+
+
 def test_rows_of_576_hold_no_k_quants(rows_576_model: Path) -> None:
     inventory = read_inventory(rows_576_model)
     assert inventory.tied_embeddings
@@ -47,7 +53,7 @@ def test_rows_of_576_hold_no_k_quants(rows_576_model: Path) -> None:
 def test_what_is_kept_is_what_llama_cpp_keeps(moe_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(moe_model)
     output = tmp_path / "q8.gguf"
-    llama.stock_quantize(moe_model, output, "Q8_0", imatrix={}, n_threads=2)
+    stock_quantize(moe_model, output, "Q8_0", imatrix={}, n_threads=2)
     for tensor in gguf.GGUFReader(output).tensors:
         ours = inventory.by_name[tensor.name]
         assert (ours.keep_reason is None) == (tensor.tensor_type.name == "Q8_0"), tensor.name
@@ -57,7 +63,7 @@ def test_what_is_kept_is_what_llama_cpp_keeps(moe_model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("row_length", [33, 48, 100])
-def test_rows_that_fit_no_block_are_kept_and_counted(row_length: int) -> None:
+def test_rows_that_fit_no_block_are_kept(row_length: int) -> None:
     reason = keep_reason("blk.0.attn_q.weight", (row_length, 64), lookup("F16"))
     assert reason is not None and str(row_length) in reason
 
@@ -66,8 +72,8 @@ def test_output_size_is_what_llama_cpp_writes(rows_576_model: Path, tmp_path: Pa
     inventory = read_inventory(rows_576_model)
     for preset in ("Q4_K_M", "Q2_K", "Q6_K", "IQ4_NL"):
         output = tmp_path / f"{preset}.gguf"
-        llama.stock_quantize(rows_576_model, output, preset, imatrix={}, n_threads=2)
-        types = llama.stock_types(rows_576_model, preset, has_imatrix_for=[])
+        stock_quantize(rows_576_model, output, preset, imatrix={}, n_threads=2)
+        types = stock_types(rows_576_model, preset, has_imatrix_for=[])
         written = {t.name: t.tensor_type.name for t in gguf.GGUFReader(output).tensors}
         assert types == written
         assert inventory.output_size(types) == output.stat().st_size

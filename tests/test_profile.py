@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count, cycle
 from pathlib import Path
 
 import jsonschema
@@ -12,16 +14,21 @@ import numpy as np
 import pytest
 from support import attention, made_up, uniform
 
-from apreqel import llama, pipeline
 from apreqel.device import machine as device
-from apreqel.device import memory, profile, timing
+from apreqel.device import memory, profile, real_runs, rounds, store, timing
 from apreqel.device.machine import doubts
 from apreqel.device.profile import DeviceProfile
+from apreqel.device.real_runs import RealRun
+from apreqel.device.shapes import parse_key, shapes_of, timed_caches, write_shapes
 from apreqel.errors import ArtifactError, UsageError
+from apreqel.llama import engine
 from apreqel.llama.footprint import measure_footprint
-from apreqel.llama.kernels import HeadShape, KernelBench, MatrixShape
+from apreqel.llama.graphs import HeadShape, MatrixShape
+from apreqel.llama.kernels import KernelBench
+from apreqel.llama.library import listen_to_log
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import KV_TYPES, lookup
+from apreqel.workspace import Workspace
 
 SCHEMA = Path(__file__).parent.parent / "device_profiles" / "schema.json"
 
@@ -33,7 +40,7 @@ def rows_576_profile(
     inventory = read_inventory(rows_576_model)
     folder = tmp_path_factory.mktemp("profile")
     measured = timing.measure_profile(
-        inventory, folder, n_threads=2, types=["F16", "Q8_0", "Q4_0", "IQ4_NL", "Q4_K"]
+        Workspace(inventory, "", folder, 2), types=["F16", "Q8_0", "Q4_0", "IQ4_NL", "Q4_K"]
     )
     assert not list(folder.iterdir())  # no shape files are left behind
     return inventory, measured
@@ -44,29 +51,37 @@ def rows_576_profile(
 
 @pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q5_1", "Q4_0", "IQ4_NL", "Q4_K", "Q6_K"])
 def test_layouts_are_those_llama_cpp_chooses(kind: str, llama_model: Path, tmp_path: Path) -> None:
-    inventory, lines = read_inventory(llama_model), list[str]()
-    timing.write_shapes(inventory, uniform(inventory, kind), tmp_path / "m.gguf")
-    with llama._listen_to_log(lines), llama.LoadedModel(tmp_path / "m.gguf"):
+    inventory = read_inventory(llama_model)
+    write_shapes(inventory, uniform(inventory, kind), tmp_path / "m.gguf")
+    with listen_to_log() as lines, engine.LoadedModel(tmp_path / "m.gguf"):
         pass
     with KernelBench(1) as bench:
-        layouts = {bench.layout(lookup(kind), shape) for shape in profile.shapes_of(inventory)}
+        layouts = {bench.layout(lookup(kind), shape) for shape in shapes_of(inventory)}
     loaded = {
         layout for layout in ("CPU_REPACK", "AMX") if f"{layout} model buffer" in "".join(lines)
     }
     assert layouts - {"CPU"} == loaded
 
 
-def test_products_of_experts_and_of_parts(moe_model: Path) -> None:
-    shapes = list(profile.shapes_of(read_inventory(moe_model)))
+def test_products_of_experts_and_of_parts(moe_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = list(shapes_of(read_inventory(moe_model)))
     experts = [shape for shape in shapes if shape.n_experts]
     assert {(s.n_used, s.n_experts, s.inputs_per_token) for s in experts} == {(2, 4, 1), (2, 4, 2)}
     large = MatrixShape(256, 4096)
-    with KernelBench(2) as bench, bench.weights(lookup("Q8_0"), [*shapes, large], 1 << 20) as runs:
+    with KernelBench(1) as bench, bench.weights(lookup("Q8_0"), [*shapes, large], 1 << 20) as runs:
         for shape, run in runs.items():
-            assert run.seconds(1) > 0 and run.seconds(64, 2) > run.seconds(1) / 100, shape
-        assert runs[large]._shape.n_rows < 4096  # timed by a part of its rows
+            # Where all that ran took one second, a product took its part of the weights read.
+            part, n_products = run._shape, run._products_per_round()
+            with monkeypatch.context() as patch:
+                patch.setattr("time.perf_counter", count().__next__)
+                assert run.seconds(1) == shape.weights_read / (n_products * part.weights_read)
+                assert run.seconds(64, 2) == shape.weights_read / (2 * part.weights_read)
+            # In a round every weight is read once, experts included.
+            made = len(run._copies) * part.row_length * part.n_rows * max(1, part.n_experts)
+            assert n_products * part.weights_read == made
+        assert runs[large]._scale > 1  # timed by a part of its rows
     for shape in shapes:
-        assert profile.parse_key(shape.key) == shape
+        assert parse_key(shape.key) == shape
 
 
 def test_attention_over_every_cache() -> None:
@@ -76,11 +91,11 @@ def test_attention_over_every_cache() -> None:
         for k, v in (("F16", "F16"), ("BF16", "Q8_0"), ("IQ4_NL", "Q5_1")):
             with bench.attention(heads, (lookup(k), lookup(v)), 1 << 20) as run:
                 assert run.layout == "CPU" and run.seconds(1) > 0 and run.seconds(64, 1) > 0
-    pairs = profile.timed_caches(heads)
+    pairs = timed_caches(heads)
     assert {k for k, _ in pairs} == {v for _, v in pairs} == set(KV_TYPES)
     # Heads of 80 hold no blocks of 32.
     floats = {("F16", "F16"), ("F16", "BF16"), ("BF16", "F16"), ("BF16", "BF16")}
-    assert set(profile.timed_caches(HeadShape(80, 80, 8, 8))) == floats
+    assert set(timed_caches(HeadShape(80, 80, 8, 8))) == floats
 
 
 # --- the whole profile ---------------------------------------------------------------------------
@@ -105,11 +120,99 @@ def test_profile_predicts_a_real_run(
     types = uniform(inventory, "Q8_0")
     speed = measured.predict(inventory, types)
     assert speed is not None and speed.decode.low < speed.decode.value < speed.decode.high
-    # A real run is in sight of it: the tight figures are the benchmark's, speed_prediction.py.
-    timing.write_shapes(inventory, types, tmp_path / "q8.gguf")
-    run, _ = timing.time_file(tmp_path / "q8.gguf", 2, 512)
-    assert 0.1 < speed.decode.value * run.decode < 10
-    assert 0.1 < speed.prefill.value * run.prefill < 10
+    # The runs it was fitted to are met as closely as it says; a short prompt and half an answer
+    # were looked back at. How other files are met is the benchmark's, speed_prediction.py.
+    freedom = max(1, len(overhead.anchors) - 1) ** 0.5
+    for name, run in overhead.anchors.items():
+        anchored, _ = measured.nearest_types(inventory, name)
+        met = measured.predict(inventory, anchored, n_context=8 + 16)
+        error = freedom * overhead.prefill_error + 1e-9
+        assert 1 / met.prefill.value == pytest.approx(run.prefill, abs=error * run.prefill)
+        if overhead.decode_rest > 0:
+            error = freedom * overhead.decode_error + 1e-9
+            assert 1 / met.decode.value == pytest.approx(run.decode, abs=error * run.decode)
+
+
+def test_real_runs_are_per_token(llama_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a clock on which a prompt takes a second, and an answer too."""
+    monkeypatch.setattr("time.perf_counter", count().__next__)
+    run, sampling = real_runs.time_file(llama_model, 1, 20)
+    assert run == RealRun(prefill=1 / 20, decode=1 / 32, decode_at_depth=1 / 32)
+    assert sampling == 1
+
+
+RATES = {"F16": (4e-9, 1e-9), "Q8_0": (2e-9, 2e-9), "Q4_0": (1e-9, 1.5e-9)}
+CACHES = {"F16": 1e-6, "Q8_0": 3e-6, "Q4_0": 2e-6}
+
+
+class LawfulBench:
+    """Products that take `RATES` seconds per weight: of one token, per token of many."""
+
+    def __init__(self, n_threads: int) -> None:
+        self.layout = "CPU"
+
+    def __enter__(self) -> LawfulBench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    @contextmanager
+    def weights(self, qtype, shapes, total_bytes):  # type: ignore[no-untyped-def]
+        yield {s: LawfulRun(*(r * s.weights_read for r in RATES[qtype.name])) for s in shapes}
+
+    @contextmanager
+    def attention(self, heads, types, total_bytes):  # type: ignore[no-untyped-def]
+        seconds = sum(CACHES[qtype.name] for qtype in types)
+        yield LawfulRun(seconds, seconds / 10)
+
+
+@dataclass
+class LawfulRun:
+    decode: float
+    prefill: float
+    layout: str = "CPU"
+
+    def seconds(self, n_tokens: int, n_products: int | None = None) -> float:
+        return self.decode if n_tokens == 1 else n_tokens * self.prefill
+
+
+def test_a_lawful_device_is_predicted_exactly(
+    rows_576_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products, what is beside them and attention, each by a law: all of it is found again."""
+
+    inventory = read_inventory(rows_576_model)
+    weights = {t.name: t.n_elements for t in inventory.quantizable}
+
+    def products(types: dict[str, str]) -> tuple[float, float]:
+        decode = {name: RATES[types[name]][0] * n for name, n in weights.items()}
+        prefill = {name: RATES[types[name]][1] * n for name, n in weights.items()}
+        # Of a prompt only the last token needs the head.
+        prefill["token_embd.weight"] = decode["token_embd.weight"] / 480
+        return sum(decode.values()), sum(prefill.values())
+
+    def real_run(path: Path, n_threads: int, n_prompt: int) -> tuple[RealRun, float]:
+        decode, prefill = products(read_inventory(path).types)
+        shallow, deep = (1e-3 + 5e-6 * (depth + 16) for depth in (8, n_prompt))
+        return RealRun(prefill + 1e-4, decode + shallow, decode + deep), 1e-5
+
+    monkeypatch.setattr(timing, "KernelBench", LawfulBench)
+    monkeypatch.setattr(timing, "measure_rest", lambda *_: (0.0, 0.0))
+    monkeypatch.setattr(real_runs, "time_file", real_run)
+    found = timing.measure_profile(Workspace(inventory, "", tmp_path), types=list(RATES))
+    assert set(found.overhead(inventory).anchors) == set(RATES)
+    types = inventory.types | dict(zip(weights, cycle(RATES), strict=False))
+    decode, prefill = products(types)
+    speed = found.predict(inventory, types, 1000)
+    assert 1 / speed.decode.value == pytest.approx(decode + 1e-3 + 5e-3)
+    assert 1 / speed.prefill.value == pytest.approx(prefill + 1e-4)
+    # Over other caches a token looks back as long as ggml took, in each of two layers; a prompt's
+    # at half of 1,000 tokens instead of half of 480 in F16.
+    speed = found.predict(inventory, types, 1000, n_prompt=1000, caches=("Q8_0", "Q4_0"))
+    assert 1 / speed.decode.value == pytest.approx(decode + 1e-3 + 2 * 5e-6 * 1000)
+    more = 2 / 10 * (5e-6 * 500 - 2e-6 * 240)
+    assert 1 / speed.prefill.value == pytest.approx(prefill + 1e-4 + more)
 
 
 def test_memory_is_what_a_real_process_takes(
@@ -122,7 +225,7 @@ def test_memory_is_what_a_real_process_takes(
         ("Q8_0", 2048, ("Q8_0", "Q4_0")),
     ):
         path = tmp_path / f"{kind}.gguf"
-        timing.write_shapes(inventory, uniform(inventory, kind), path)
+        write_shapes(inventory, uniform(inventory, kind), path)
         types, size = uniform(inventory, kind), path.stat().st_size
         predicted = memory.memory_use(measured, inventory, types, size, n_ctx, caches)
         real = measure_footprint(path, n_ctx, n_ctx, 2, caches).run_bytes
@@ -134,14 +237,10 @@ def test_a_known_shape_is_not_timed_again(
 ) -> None:
     inventory, measured = rows_576_profile
     said: list[str] = []
-    again = timing.measure_profile(
-        inventory,
-        tmp_path,
-        n_threads=2,
-        known=measured,
-        types=list(measured.kernels),
-        on_progress=lambda what, done, total: said.append(what),
+    space = Workspace(
+        inventory, "", tmp_path, 2, progress=lambda what, done, total: said.append(what)
     )
+    again = timing.measure_profile(space, known=measured, types=list(measured.kernels))
     assert again.kernels == measured.kernels
     assert not any("Q8_0" in what and "llama.cpp" not in what for what in said)
 
@@ -214,21 +313,21 @@ def test_dominated_types(rows_576_model: Path) -> None:
 
 def test_overhead_is_fitted() -> None:
     kernels = [0.010, 0.004, 0.007]
-    scale, rest, error = timing.fit_overhead(kernels, [1.02 * k + 0.001 for k in kernels])
+    scale, rest, error = rounds.fit_overhead(kernels, [1.02 * k + 0.001 for k in kernels])
     assert scale == pytest.approx(1.02, abs=0.01) and rest == pytest.approx(0.001, rel=0.1)
     assert error < 0.005
-    assert timing.fit_overhead(kernels, [0.9 * k for k in kernels])[1] == 0.0
+    assert rounds.fit_overhead(kernels, [0.9 * k for k in kernels])[1] == 0.0
 
 
 def test_what_a_whole_round_was_slower_is_divided_out() -> None:
-    rounds, random = timing._Rounds(), np.random.default_rng(0)
+    taken, random = rounds.Rounds(), np.random.default_rng(0)
     for drift in (1.0, 1.3, 0.9, 1.1, 1.0):
-        rounds.start()
+        taken.start()
         for key in range(20):
-            rounds.add(key, (key + 1) * drift * (1 + 0.001 * random.standard_normal()))
-    assert rounds.factors() == pytest.approx([1.0, 1.3, 0.9, 1.1, 1.0], rel=0.01)
-    assert rounds.level(4).seconds == pytest.approx(5, rel=0.01)
-    assert rounds.level(4).variation < 0.005 and rounds.level(4).count == 5
+            taken.add(key, (key + 1) * drift * (1 + 0.001 * random.standard_normal()))
+    assert taken.factors() == pytest.approx([1.0, 1.3, 0.9, 1.1, 1.0], rel=0.01)
+    assert taken.level(4).seconds == pytest.approx(5, rel=0.01)
+    assert taken.level(4).variation < 0.005 and taken.level(4).count == 5
 
 
 # --- the machine ---------------------------------------------------------------------------------
@@ -321,7 +420,7 @@ def test_a_disturbed_reading_is_taken_again(
     monkeypatch.setattr(timing, "_LEAST_ROUNDS", 1)
     monkeypatch.setattr(timing, "_MOST_ROUNDS", 1)
     inventory = read_inventory(rows_576_model)
-    measured = timing.measure_profile(inventory, tmp_path, n_threads=1, types=["Q8_0"])
+    measured = timing.measure_profile(Workspace(inventory, "", tmp_path), types=["Q8_0"])
     # One type, attention over caches of it and one anchor, each three times.
     assert Disturbed.count == 3 + 3 + 3
     rows = [*measured.kernels["Q8_0"].values(), *measured.attention["Q8_0/Q8_0"].values()]
@@ -330,7 +429,7 @@ def test_a_disturbed_reading_is_taken_again(
 
 def test_threads_are_tuned(rows_576_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(rows_576_model)
-    best, tried = timing.tune_threads(inventory, tmp_path, lambda what, done, total: None)
+    best, tried = real_runs.tune_threads(Workspace(inventory, "", tmp_path))
     if device.usable_cores() > 1:
         assert {"1", str(device.usable_cores())} <= set(tried)
         fastest = min(decode for decode, _ in tried.values())
@@ -347,23 +446,23 @@ def test_profiles_travel(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setattr(profile.sys, "platform", "linux")
+    monkeypatch.setattr(store.sys, "platform", "linux")
     _, measured = rows_576_profile
     measured.save(tmp_path / "exported.json")
     jsonschema.validate(
         json.loads((tmp_path / "exported.json").read_text()), json.loads(SCHEMA.read_text())
     )
-    name, path = pipeline.import_profile(tmp_path / "exported.json")
+    name, path = store.import_profile(tmp_path / "exported.json")
     assert name == measured.name and path.parent == tmp_path / "data/apreqel/profiles"
-    assert name in dict(pipeline.list_profiles())
-    found, _ = pipeline.named_profile(name, None)
+    assert name in dict(store.list_profiles())
+    found, _ = store.named_profile(name, None)
     assert found == measured
-    assert pipeline.stored_profile(2) == measured
+    assert store.stored_profile(2) == measured
     # Another build or another device is another fingerprint.
     replace(measured, fingerprint="0" * 16).save(path)
-    assert pipeline.stored_profile(2) is None
+    assert store.stored_profile(2) is None
     with pytest.raises(UsageError, match="no such profile; there are: .*" + name):
-        profile.load_named("raspberry")
+        store.load_named("raspberry")
 
 
 def test_damaged_profiles_are_refused(
@@ -396,8 +495,8 @@ def test_bundled_profiles_are_sound() -> None:
 
 
 def test_names_of_profiles_are_file_names() -> None:
-    assert profile.safe_name("../../etc/passwd") == "etc-passwd"
-    assert profile.safe_name("..") == "imported"
+    assert store.safe_name("../../etc/passwd") == "etc-passwd"
+    assert store.safe_name("..") == "imported"
 
 
 def test_memory_of_a_container(tmp_path: Path) -> None:

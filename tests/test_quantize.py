@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import os
 import random
@@ -18,10 +20,11 @@ import numpy as np
 import pytest
 from support import made_up_imatrix, tensor_bytes, uniform
 
-from apreqel import llama, quantize
+from apreqel import artifacts, quantize
 from apreqel.artifacts import lock
 from apreqel.errors import (
     CalibrationError,
+    Interrupted,
     LockedError,
     ModelFileError,
     OutputError,
@@ -29,6 +32,8 @@ from apreqel.errors import (
     UsageError,
     VerificationError,
 )
+from apreqel.llama import engine, quants
+from apreqel.llama.stock import stock_quantize
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import registry
 
@@ -48,14 +53,14 @@ def expect_same_as_llama(model: Path, kind: str, folder: Path, with_imatrix: boo
     kinds = registry()
     patterns = [(f"^{t.name}$", kinds[types[t.name]].ggml_id) for t in inventory.quantizable]
     weights = {n: imatrix.weights(n) for n in imatrix.entries} if imatrix else {}
-    llama.stock_quantize(model, theirs, "Q8_0", imatrix=weights, n_threads=2, tensor_types=patterns)
+    stock_quantize(model, theirs, "Q8_0", imatrix=weights, n_threads=2, tensor_types=patterns)
     assert tensor_bytes(ours) == tensor_bytes(theirs)
     assert ours.stat().st_size == inventory.output_size(types) == theirs.stat().st_size
 
 
 @pytest.mark.parametrize("kind", QUANT_TYPES)
 def test_bytes_equal_llama_cpps(kind: str, llama_model: Path, tmp_path: Path) -> None:
-    if not llama.supports(registry()[kind]):
+    if not quants.supports(registry()[kind]):
         pytest.skip(f"this llama.cpp has no {kind}")
     expect_same_as_llama(llama_model, kind, tmp_path)
 
@@ -89,7 +94,7 @@ def test_result_does_not_depend_on_threads_and_runs(rows_576_model: Path, tmp_pa
         )
         digests.add(sha256(output))
     assert len(digests) == 1
-    with llama.LoadedModel(output) as model, model.context(32, 1, 2) as context:
+    with engine.LoadedModel(output) as model, model.context(32, 1, 2) as context:
         logits = context.evaluate(*np.arange(64, dtype=np.int32).reshape(2, 1, 32) % 32)
         assert np.isfinite(logits).all()
 
@@ -247,6 +252,145 @@ def test_write_error_leaves_nothing(llama_model: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "o.gguf").exists()
 
 
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [(VerificationError("wrong"), VerificationError), (KeyboardInterrupt(), Interrupted)],
+)
+@pytest.mark.parametrize("before", [None, b"precious"])
+def test_a_file_that_is_not_checked_never_appears(
+    fault: BaseException,
+    error: type[Exception],
+    before: bytes | None,
+    llama_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
+    if before is not None:
+        output.write_bytes(before)
+
+    def check(_: object, __: object, path: Path) -> None:
+        assert path.exists() and path != output
+        raise fault
+
+    monkeypatch.setattr(quantize, "check_written", check)
+    expect_refused(
+        error, "wrong|stopped", inventory, uniform(inventory, "Q8_0"), output, force=True
+    )
+    assert list(tmp_path.iterdir()) == ([] if before is None else [output])
+
+
+def without_links(*_: object) -> None:
+    raise PermissionError(errno.EPERM, "a file system without hard links")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_what_appears_meanwhile_is_kept(
+    has_links: bool, llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
+    types, check = uniform(inventory, "Q8_0"), quantize.check_written
+    if not has_links:
+        monkeypatch.setattr(os, "link", without_links)
+    quantize.quantize_model(inventory, types, output)
+    quantize.check_written(inventory, types, output)
+    assert list(tmp_path.iterdir()) == [output]
+
+    def meanwhile(*job: object) -> None:
+        check(*job)  # type: ignore[arg-type]
+        (tmp_path / "p.gguf").write_bytes(b"precious")
+
+    monkeypatch.setattr(quantize, "check_written", meanwhile)
+    with pytest.raises(OutputError, match="exists; use --force"):
+        quantize.quantize_model(inventory, types, tmp_path / "p.gguf")
+    assert (tmp_path / "p.gguf").read_bytes() == b"precious"
+    quantize.quantize_model(inventory, types, tmp_path / "p.gguf", force=True)
+    assert sha256(tmp_path / "p.gguf") == sha256(output)
+    assert sorted(tmp_path.iterdir()) == [output, tmp_path / "p.gguf"]
+
+
+def test_a_rename_that_fails_leaves_no_empty_file(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "link", without_links)
+    monkeypatch.setattr(os, "replace", broken)
+    inventory = read_inventory(llama_model)
+    with pytest.raises(OutputError, match="Input/output error; check the disk"):
+        quantize.quantize_model(inventory, inventory.types, tmp_path / "o.gguf")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_stale_or_planted_temporary_file_is_not_followed(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
+    types, part = uniform(inventory, "Q8_0"), tmp_path / ".o.gguf.part"
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious")
+    part.symlink_to(victim)
+    quantize.quantize_model(inventory, types, output)
+    assert victim.read_bytes() == b"precious" and not output.is_symlink()
+    part.write_bytes(b"of a run that was killed")
+    quantize.quantize_model(inventory, types, output, force=True)
+    assert sorted(tmp_path.iterdir()) == [output, victim]
+    whole = sha256(output)
+    monkeypatch.setattr(artifacts, "require_space", lambda *_: part.symlink_to(victim))
+    with pytest.raises(OutputError, match=r"cannot make .*File exists"):
+        quantize.quantize_model(inventory, types, output, force=True)
+    assert victim.read_bytes() == b"precious" and sha256(output) == whole
+
+
+def test_a_full_temporary_folder_or_a_lost_source_is_told(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(shutil.copy(llama_model, tmp_path / "m.gguf"))
+    inventory, output = read_inventory(source), tmp_path / "o.gguf"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantize._Job, "write", full)
+        expect_refused(OutputError, "apreqel-.*: No space", inventory, inventory.types, output)
+    run = quantize._run
+
+    def then_lose_the_source(*arguments: object) -> object:
+        report = run(*arguments)  # type: ignore[arg-type]
+        source.unlink()
+        return report
+
+    monkeypatch.setattr(quantize, "_run", then_lose_the_source)
+    expect_refused(VerificationError, r"m\.gguf: No such file", inventory, inventory.types, output)
+
+
+def test_a_message_may_hold_a_long_path_in_any_script(llama_model: Path, tmp_path: Path) -> None:
+    for start in ("", "a", "aa"):
+        folder = tmp_path.joinpath(*[start + 80 * "語"] * 5)
+        folder.mkdir(parents=True)
+        source = Path(shutil.copy(llama_model, folder / "m.gguf"))
+        inventory = read_inventory(source)
+        os.truncate(source, source.stat().st_size - 1)
+        expect_refused(
+            ModelFileError,
+            "changed while in use: .*語",
+            inventory,
+            uniform(inventory, "Q8_0"),
+            tmp_path / "o.gguf",
+        )
+
+
+def test_a_path_that_is_not_utf8(llama_model: Path, tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff\xe8"))
+    folder.mkdir()
+    inventory = read_inventory(Path(shutil.copy(llama_model, folder / "m.gguf")))
+    types = uniform(inventory, "Q8_0")
+    quantize.quantize_model(inventory, types, folder / "o.gguf")
+    quantize.check_written(inventory, types, folder / "o.gguf")
+
+
 def test_second_run_on_one_output_stops(llama_model: Path, tmp_path: Path) -> None:
     inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
     code = (
@@ -262,6 +406,68 @@ def test_second_run_on_one_output_stops(llama_model: Path, tmp_path: Path) -> No
         holder.communicate()
     with lock(tmp_path / ".free"):
         pass
+
+
+def test_a_lock_file_that_its_holder_removed_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, flock = tmp_path / ".lock", fcntl.flock
+
+    def flock_after_the_holder(*arguments: object) -> None:
+        path.unlink()
+        flock(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(fcntl, "flock", flock_after_the_holder)
+    with pytest.raises(LockedError, match="another apreqel"), lock(path):
+        pass
+
+
+def a_program(path: Path, script: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Put a shell script in the C program's place."""
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(quantize, "program_path", lambda: path)
+    return path
+
+
+def test_the_program_holds_the_lock_when_it_outlives_its_parent(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
+    with monkeypatch.context() as patch:
+        slow = a_program(tmp_path / "slow", f"echo > {tmp_path}/started; exec sleep 2", patch)
+    script = (
+        "import sys; from pathlib import Path; from apreqel import quantize\n"
+        "from apreqel.model.inventory import read_inventory\n"
+        "i = read_inventory(Path(sys.argv[1])); quantize.program_path = lambda: Path(sys.argv[3])\n"
+        "quantize.quantize_model(i, i.types, Path(sys.argv[2]))"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, llama_model, output, slow]) as parent:
+        while not (tmp_path / "started").exists():
+            assert parent.poll() is None
+            time.sleep(0.01)
+        parent.kill()
+    expect_refused(LockedError, "another apreqel", inventory, inventory.types, output)
+    time.sleep(2.5)
+    quantize.quantize_model(inventory, inventory.types, output)
+
+
+def test_the_program_is_ended_where_progress_raises(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = '{"event":"progress","done_bytes":1,"total_bytes":2,"tensor":"blk"}'
+    a_program(tmp_path / "slow", f"echo '{report}'; exec sleep 60", monkeypatch)
+    inventory, seen = read_inventory(llama_model), []
+
+    def progress(what: str, done: int, total: int) -> None:
+        seen.append((what, done, total))
+        raise BrokenPipeError
+
+    started = time.monotonic()
+    with pytest.raises(BrokenPipeError):
+        quantize.quantize_model(inventory, inventory.types, tmp_path / "o.gguf", progress=progress)
+    assert seen == [("quantising", 1, 2)] and time.monotonic() - started < 30
+    assert list(tmp_path.iterdir()) == [tmp_path / "slow"]
 
 
 def test_kill_leaves_the_old_file_or_the_new(rows_576_model: Path, tmp_path: Path) -> None:

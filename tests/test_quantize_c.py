@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import made_up_imatrix, tensor_bytes, uniform
 
 from apreqel import quantize
+from apreqel.errors import ApreqelError, EngineError, ModelFileError, OutputError
 from apreqel.model.imatrix import Imatrix
 from apreqel.model.inventory import read_inventory
 
@@ -41,11 +45,8 @@ def run(program: Path, job: Path) -> subprocess.CompletedProcess[str]:
 
 def job_table(model: Path, folder: Path, kind: str, imatrix: Imatrix | None = None) -> Path:
     inventory = read_inventory(model)
-    types = uniform(inventory, kind)
-    size = inventory.output_size(types)
-    return quantize._write_job(
-        folder, inventory, types, folder / "o.gguf", imatrix, (), size, 3, True
-    )
+    job = quantize._Job(inventory, uniform(inventory, kind), imatrix, (), 3)
+    return job.write(folder, folder / "o.gguf")
 
 
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "IQ3_S", "Q5_1"])
@@ -97,18 +98,16 @@ def test_mutated_job_tables(sanitized: Path, llama_model: Path, tmp_path: Path) 
                 lines.insert(at, dice.choice(good))
         # What a mutated table may write stays in this folder.
         text = "\n".join(
-            f"{line.split(' ')[0]} {tmp_path}/{line.split(' ')[0]}.gguf"
-            if line.startswith(("temp ", "output "))
-            else line
-            for line in lines
+            f"temp {tmp_path}/temp.gguf" if line.startswith("temp ") else line for line in lines
         )
         job.write_text(text)
+        (tmp_path / "temp.gguf").unlink(missing_ok=True)  # of a table that was still good
         done = run(sanitized, job)
-        assert done.returncode in {0, *range(20, 26)}, (done.returncode, done.stderr, text)
+        assert done.returncode in {0, *range(20, 27)}, (done.returncode, done.stderr, text)
         assert "Sanitizer" not in done.stderr and "runtime error" not in done.stderr, done.stderr
         if done.returncode:
             refused += 1
-            assert '"event":"error"' in done.stdout
+            assert json.loads(done.stdout.splitlines()[-1])["event"] == "error"
             assert not (tmp_path / "temp.gguf").exists()
     assert refused > 60
 
@@ -126,8 +125,6 @@ def test_mutated_job_tables(sanitized: Path, llama_model: Path, tmp_path: Path) 
 def test_single_faults(
     field: str, value: str, reason: str, sanitized: Path, llama_model: Path, tmp_path: Path
 ) -> None:
-    import re
-
     job = job_table(llama_model, tmp_path, "Q4_0")
     lines = [
         f"{field} {value}" if line.startswith(field + " ") else line
@@ -135,5 +132,130 @@ def test_single_faults(
     ]
     job.write_text("\n".join(lines))
     done = run(sanitized, job)
-    assert 20 <= done.returncode <= 25 and re.search(reason, done.stdout), done.stdout
+    assert 20 <= done.returncode <= 26 and re.search(reason, done.stdout), done.stdout
     assert not (tmp_path / "o.gguf").exists()
+
+
+def test_a_fault_is_told_with_its_place(sanitized: Path, llama_model: Path, tmp_path: Path) -> None:
+    job = job_table(llama_model, tmp_path, "Q4_0")
+    good = job.read_text()
+
+    def report(old: str, new: str) -> dict[str, object]:
+        damaged = re.sub(old, new, good, count=1, flags=re.MULTILINE)
+        assert damaged != good
+        job.write_text(damaged)
+        return dict(json.loads(run(sanitized, job).stdout))
+
+    error = {"event": "error", "code": 20}
+    assert report("^threads .*", "threads 0") == error | {"line": 2, "message": "bad threads"}
+    message = "its extent does not fit the files"
+    beyond = report(r"^tensor 0 \d+", f"tensor 0 {2**40}")
+    assert beyond == error | {"message": message, "tensor": "token_embd.weight"}
+    nowhere = report("^header .*", "header /nowhere/h")
+    assert nowhere == {**error, "code": 22, "message": "cannot open /nowhere/h", "errno": 2}
+
+
+@pytest.mark.parametrize("start", ["", "a", "aa", "aaa"])
+@pytest.mark.parametrize("character", ["é", "語", "𝕏", '"', "\x01"])
+def test_long_names_are_cut_between_characters(
+    start: str, character: str, sanitized: Path, llama_model: Path, tmp_path: Path
+) -> None:
+    name = start + 2000 * character
+    job = job_table(llama_model, tmp_path, "Q4_0")
+    good = job.read_text()
+    job.write_text(
+        re.sub(r"(?m)^(tensor 0) \d+ (.*) \S+$", rf"\1 {2**40} \2 {name}", good, count=1)
+    )
+    told = json.loads(run(sanitized, job).stdout)["tensor"]
+    assert name.startswith(told) and len(told.encode()) >= 240 / 6
+    job.write_text(good.replace(f"ggml {quantize.ggml_base_path()}", f"ggml /{name}"))
+    message = json.loads(run(sanitized, job).stdout)["message"]
+    assert f"/{start}{character}" in message
+
+
+def test_text_that_is_not_utf8_cannot_break_the_report(
+    sanitized: Path, llama_model: Path, tmp_path: Path
+) -> None:
+    job = job_table(llama_model, tmp_path, "Q4_0")
+    good = job.read_bytes()
+    for raw in (b"\xff\xfe", b'\xe8"\\', b'\xf0\x9f"', b"\x80\x80", b"a\xe8\xaa"):
+        job.write_bytes(good.replace(b"\nggml /", b"\nggml /" + raw))
+        done = subprocess.run([sanitized, job], capture_output=True)
+        assert json.loads(done.stdout.decode("utf-8", "replace"))["code"] == 24, done
+
+
+# --- what only a broken machine does -------------------------------------------------------------
+
+FAULTS = r"""
+#define _GNU_SOURCE
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/syscall.h>
+#include <sys/types.h>
+#include <unistd.h>
+
+extern void *__libc_malloc(size_t);
+
+static int wanted(const char *fault, int number) {
+    const char *asked = getenv("FAULT");
+    errno = number;
+    return asked && !strcmp(asked, fault);
+}
+
+/* The job's own files are read, and the header is written, from their start. */
+ssize_t pread64(int fd, void *to, size_t n, off64_t at) {
+    return at && wanted("pread", EIO) ? -1 : syscall(SYS_pread64, fd, to, n, at);
+}
+
+ssize_t pwrite64(int fd, const void *from, size_t n, off64_t at) {
+    if (at && wanted("crash", 0)) {
+        abort();
+    }
+    return at && wanted("pwrite", ENOSPC) ? -1 : syscall(SYS_pwrite64, fd, from, n, at);
+}
+
+int fsync(int fd) { return wanted("fsync", EIO) ? -1 : (int)syscall(SYS_fsync, fd); }
+
+void *malloc(size_t n) { return n > 100000 && wanted("malloc", ENOMEM) ? NULL : __libc_malloc(n); }
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A library that goes before the C library and fails as the environment says."""
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "faults.c").write_text(FAULTS)
+    command = [str(COMPILER), "-shared", "-fPIC", "-O1", "-o", "faults.so", "faults.c"]
+    if sys.platform != "linux" or subprocess.run(command, cwd=folder).returncode:
+        pytest.skip("needs Linux with glibc")
+    return folder / "faults.so"
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("pread", ModelFileError, r"cannot read .*\.gguf: Input/output error"),
+        ("pwrite", OutputError, "cannot write .*: No space left on device; free some space"),
+        ("fsync", OutputError, "cannot sync .*: Input/output error; check the disk"),
+        ("malloc", EngineError, "^out of memory for .*; close other programs or use fewer threads"),
+        ("crash", EngineError, "was ended by SIGABRT near tensor"),
+    ],
+)
+def test_a_broken_machine_leaves_the_output_as_it_was(
+    fault: str,
+    error: type[ApreqelError],
+    message: str,
+    faults: Path,
+    llama_model: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
+    output.write_bytes(b"precious")
+    monkeypatch.setenv("LD_PRELOAD", str(faults))
+    monkeypatch.setenv("FAULT", fault)
+    with pytest.raises(error, match=message):
+        quantize.quantize_model(inventory, uniform(inventory, "Q4_0"), output, force=True)
+    assert output.read_bytes() == b"precious"
+    assert list(tmp_path.iterdir()) == [output]

@@ -3,19 +3,19 @@
  *
  *     apreqel-quantize JOB
  *
- * The table is made and validated by apreqel/quantize.py; every extent is checked here again,
- * against the real sizes of the files. It is text, one field a line, in this order:
+ * The table is made and validated by apreqel/quantize.py, which also checks the finished file and
+ * moves it to its place; every extent is checked here again, against the real sizes of the files.
+ * It is text, one field a line, in this order:
  *
- *     apreqel-quantize 1           format and its version
+ *     apreqel-quantize 2           format and its version
  *     threads N                    worker threads, 1 to 256
  *     alignment A                  of tensor data, a power of two
  *     size BYTES                   of the finished file
- *     force 0|1                    whether an existing output may be replaced
  *     ggml PATH                    libggml-base of the installed llama-cpp-python
  *     header PATH                  the finished file's header, padded to the alignment
  *     imatrix PATH|-               float32 importance weights of all tensors, one after another
- *     temp PATH                    where the file grows
- *     output PATH                  where it is moved to when it is whole and on disk
+ *     temp PATH                    the file to make; nothing may be there. It stays, whole and on
+ *                                  disk, if all goes well, and is removed if not
  *     source BYTES PATH            a model file (a line for each shard)
  *     tensor FILE FROM TYPE TO TYPE ROWS MATRIX_ROWS ROW_LENGTH IMATRIX NAME
  *                                  source file (0 is the first), offset and ggml type id in it;
@@ -28,7 +28,9 @@
  * spans two matrices, and ggml quantises each row by itself, so the bytes do not depend on the
  * number of threads. Memory is bounded by the block size, whatever the model.
  *
- * Progress and the result are JSON lines on stdout. Exit status: 0 done, or one of enum failure.
+ * Progress and the result are JSON lines on stdout. Exit status: 0 done, or one of enum failure. A
+ * failure's last line is {"event":"error","code":STATUS,"message":TEXT}, with the fields "tensor",
+ * "row" (of that tensor, from 0), "line" (of the job table, from 1) and "errno" where they apply.
  */
 
 #define _GNU_SOURCE
@@ -56,13 +58,23 @@
 #include <sys/prctl.h>
 #endif
 
-enum failure { FAIL_JOB = 20, FAIL_IO, FAIL_DATA, FAIL_GGML, FAIL_EXISTS, FAIL_INTERRUPTED };
+enum failure {
+    FAIL_JOB = 20,    /* the job table is wrong */
+    FAIL_SOURCE,      /* a model file cannot be read, or was changed while in use */
+    FAIL_IO,          /* another file cannot be read, or the temp file not written */
+    FAIL_DATA,        /* NaN or Inf in the weights */
+    FAIL_GGML,        /* ggml is missing or did what it must not */
+    FAIL_MEMORY,      /* out of memory, or of threads */
+    FAIL_INTERRUPTED, /* by SIGINT or SIGTERM */
+};
 
 /* Weights in a block: 2 MiB of float32, so that a worker's buffers take about 5 MiB. */
 #define BLOCK_WEIGHTS (1 << 19)
 #define MAX_THREADS 256
 #define MAX_SOURCES 100000
 #define MAX_LINE (64 << 10)
+/* Whatever is at its name is neither overwritten nor, a symlink, followed. */
+#define NEW_FILE (O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
 /* The main thread looks 200 times a second whether all is done, and reports 5 times. */
 #define POLL_NANOSECONDS 5000000L
 #define POLLS_PER_PROGRESS 40
@@ -118,10 +130,8 @@ struct tensor {
 };
 
 struct job {
-    int threads;
-    bool force;
-    int64_t alignment, size;
-    char *ggml_path, *header_path, *imatrix_path, *temp_path, *output_path;
+    int64_t threads, alignment, size;
+    char *ggml_path, *header_path, *imatrix_path, *temp_path;
     struct source *sources;
     int n_sources;
     struct tensor *tensors;
@@ -132,14 +142,14 @@ struct job {
     int64_t n_imatrix; /* floats */
     struct ggml ggml;
     int output_fd;
-    bool temp_exists;
+    bool temp_is_ours; /* to be removed if the job fails */
     /* shared by the workers */
     atomic_llong next_block, done_bytes;
     atomic_int stop;   /* set by the first failure or a signal */
     atomic_int active; /* workers still running */
     pthread_mutex_t failure_lock;
     int failure;             /* enum failure, 0 while all is well */
-    char failure_text[1024]; /* JSON fields of the first failure */
+    char failure_text[2048]; /* JSON fields of the first failure */
 };
 
 static volatile sig_atomic_t g_signalled = 0;
@@ -152,48 +162,78 @@ static void on_signal(int number) {
 /* ------------------------------------------------------------------------------------------ */
 /* Messages                                                                                     */
 
+/* Where a failure lies and why; only what applies is reported. */
+struct where {
+    const char *tensor; /* or NULL */
+    int64_t row;        /* or -1 */
+    int64_t line;       /* or 0 */
+    int error;          /* errno, or 0 */
+};
+
+static const struct where NOWHERE = {NULL, -1, 0, 0};
+
+static struct where at_line(int64_t line) { return (struct where){NULL, -1, line, 0}; }
+
+static struct where in_tensor(const struct tensor *t) { return (struct where){t->name, -1, 0, 0}; }
+
+/* Copy `text` for a JSON string; what is cut off is cut between characters. */
 static void json_escape(char *out, size_t capacity, const char *text) {
     size_t n = 0;
-    for (; *text && n + 8 < capacity; text++) {
+    while (*text && n + 8 < capacity) {
         unsigned char c = (unsigned char)*text;
-        if (c == '"' || c == '\\') {
-            out[n++] = '\\';
-            out[n++] = (char)c;
-        } else if (c < 0x20) {
+        size_t length = c < 0xC0 ? 1 : c < 0xE0 ? 2 : c < 0xF0 ? 3 : 4, bytes = 1;
+        while (bytes < length && ((unsigned char)text[bytes] & 0xC0) == 0x80) {
+            bytes++;
+        }
+        if (bytes < length && !text[bytes]) {
+            break; /* `text` itself was cut within a character */
+        }
+        if (c < 0x20) {
             n += (size_t)snprintf(out + n, capacity - n, "\\u%04x", c);
         } else {
-            out[n++] = (char)c;
+            if (c == '"' || c == '\\') {
+                out[n++] = '\\';
+            }
+            memcpy(out + n, text, bytes);
+            n += bytes;
         }
+        text += bytes;
     }
     out[n] = 0;
 }
 
-/* Record the first failure; later ones are its consequences. `name` and `row` may be NULL and -1. */
-static int fail(struct job *job, enum failure failure, const char *name, int64_t row,
-                const char *format, ...) {
-    char text[512], escaped[640], tensor[256] = "";
+/* Record the first failure; later ones are its consequences. */
+static int fail(struct job *job, enum failure failure, struct where where, const char *format,
+                ...) {
+    char text[1024], escaped[1280], tensor[256];
     va_list arguments;
     va_start(arguments, format);
     vsnprintf(text, sizeof text, format, arguments);
     va_end(arguments);
     json_escape(escaped, sizeof escaped, text);
-    if (name) {
-        json_escape(tensor, sizeof tensor, name);
-    }
+    json_escape(tensor, sizeof tensor, where.tensor ? where.tensor : "");
     pthread_mutex_lock(&job->failure_lock);
     if (!job->failure) {
+        char *to = job->failure_text; /* has room for all fields at their longest */
         job->failure = failure;
-        snprintf(job->failure_text, sizeof job->failure_text,
-                 "\"tensor\":\"%s\",\"row\":%" PRId64 ",\"message\":\"%s\"", tensor, row, escaped);
+        to += sprintf(to, "\"message\":\"%s\"", escaped);
+        to += where.tensor ? sprintf(to, ",\"tensor\":\"%s\"", tensor) : 0;
+        to += where.row >= 0 ? sprintf(to, ",\"row\":%" PRId64, where.row) : 0;
+        to += where.line ? sprintf(to, ",\"line\":%" PRId64, where.line) : 0;
+        to += where.error ? sprintf(to, ",\"errno\":%d", where.error) : 0;
     }
     pthread_mutex_unlock(&job->failure_lock);
     atomic_store(&job->stop, 1);
     return -1;
 }
 
-static int fail_errno(struct job *job, const char *path, const char *what) {
-    int number = errno;
-    return fail(job, FAIL_IO, NULL, number, "%s: %s: %s", path, what, strerror(number));
+static int fail_errno(struct job *job, enum failure failure, const char *what, const char *path) {
+    struct where where = {NULL, -1, 0, errno};
+    return fail(job, failure, where, "cannot %s %s", what, path);
+}
+
+static int fail_memory(struct job *job, const char *what) {
+    return fail(job, FAIL_MEMORY, NOWHERE, "out of memory for %s", what);
 }
 
 /* ------------------------------------------------------------------------------------------ */
@@ -232,12 +272,12 @@ static char *field(char *line, const char *key) {
 static int parse_tensor(struct job *job, char *text, int64_t line) {
     if (job->n_tensors == job->tensors_capacity) {
         int capacity = job->tensors_capacity ? 2 * job->tensors_capacity : 256;
+        if (capacity > (1 << 24)) {
+            return fail(job, FAIL_JOB, at_line(line), "too many tensors");
+        }
         struct tensor *grown = realloc(job->tensors, (size_t)capacity * sizeof *grown);
-        if (!grown || capacity > (1 << 24)) {
-            free(grown ? grown : job->tensors);
-            job->tensors = NULL;
-            job->n_tensors = 0;
-            return fail(job, FAIL_JOB, NULL, line, "too many tensors");
+        if (!grown) {
+            return fail_memory(job, "the job table");
         }
         job->tensors = grown;
         job->tensors_capacity = capacity;
@@ -255,14 +295,14 @@ static int parse_tensor(struct job *job, char *text, int64_t line) {
                 take_number(&text, 1, INT64_MAX / 8, &t->row_length) &&
                 take_number(&text, -1, INT64_MAX, &t->imatrix) && *text;
     if (!good || t->rows % t->matrix_rows) {
-        return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": not a tensor", line);
+        return fail(job, FAIL_JOB, at_line(line), "not a tensor");
     }
     t->source = (int)source;
     t->from_type = (int)from_type;
     t->to_type = (int)to_type;
     t->name = strdup(text);
     if (!t->name) {
-        return fail(job, FAIL_JOB, NULL, line, "out of memory");
+        return fail_memory(job, "the job table");
     }
     job->n_tensors++;
     return 0;
@@ -271,7 +311,7 @@ static int parse_tensor(struct job *job, char *text, int64_t line) {
 static int parse_source(struct job *job, char *text, int64_t line) {
     int64_t size;
     if (job->n_sources >= MAX_SOURCES || !take_number(&text, 1, INT64_MAX, &size) || !*text) {
-        return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": not a source", line);
+        return fail(job, FAIL_JOB, at_line(line), "not a source");
     }
     struct source *grown = realloc(job->sources, (size_t)(job->n_sources + 1) * sizeof *grown);
     char *path = strdup(text);
@@ -280,49 +320,35 @@ static int parse_source(struct job *job, char *text, int64_t line) {
     }
     if (!grown || !path) {
         free(path);
-        return fail(job, FAIL_JOB, NULL, line, "out of memory");
+        return fail_memory(job, "the job table");
     }
     job->sources[job->n_sources++] = (struct source){path, size, -1};
     return 0;
 }
 
 static int parse_line(struct job *job, char *text, int64_t line, bool *ended) {
-    static const char *const expected[] = {"threads", "alignment", "size", "force",  "ggml",
-                                           "header",  "imatrix",   "temp", "output", NULL};
-    int64_t value = 0;
+    static const char *const keys[] = {"threads", "alignment", "size", "ggml",
+                                       "header",  "imatrix",   "temp"};
+    static const int64_t most[] = {MAX_THREADS, 1 << 20, INT64_MAX};
+    int64_t *numbers[] = {&job->threads, &job->alignment, &job->size};
+    char **paths[] = {&job->ggml_path, &job->header_path, &job->imatrix_path, &job->temp_path};
     char *rest;
     if (line == 1) {
-        return strcmp(text, "apreqel-quantize 1")
-                   ? fail(job, FAIL_JOB, NULL, line, "not a job table of version 1")
+        return strcmp(text, "apreqel-quantize 2")
+                   ? fail(job, FAIL_JOB, at_line(line), "not a job table of version 2")
                    : 0;
     }
-    if (line - 2 < 9) {
-        const char *key = expected[line - 2];
-        char **paths[] = {&job->ggml_path, &job->header_path, &job->imatrix_path, &job->temp_path,
-                          &job->output_path};
-        rest = field(text, key);
-        if (!rest || !*rest) {
-            return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": expected %s", line, key);
+    if (line - 2 < 7) {
+        int64_t i = line - 2;
+        if (!(rest = field(text, keys[i])) || !*rest) {
+            return fail(job, FAIL_JOB, at_line(line), "expected %s", keys[i]);
         }
-        if (line - 2 >= 4) {
-            char **path = paths[line - 6];
-            *path = strdup(rest);
-            return *path ? 0 : fail(job, FAIL_JOB, NULL, line, "out of memory");
+        if (i < 3) {
+            bool good = take_number(&rest, 1, most[i], numbers[i]) && !*rest;
+            return good ? 0 : fail(job, FAIL_JOB, at_line(line), "bad %s", keys[i]);
         }
-        int64_t most = line == 2 ? MAX_THREADS : line == 3 ? 1 << 20 : line == 4 ? INT64_MAX : 1;
-        if (!take_number(&rest, line == 5 ? 0 : 1, most, &value) || *rest) {
-            return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": bad %s", line, key);
-        }
-        if (line == 2) {
-            job->threads = (int)value;
-        } else if (line == 3) {
-            job->alignment = value;
-        } else if (line == 4) {
-            job->size = value;
-        } else {
-            job->force = value != 0;
-        }
-        return 0;
+        *paths[i - 3] = strdup(rest);
+        return *paths[i - 3] ? 0 : fail_memory(job, "the job table");
     }
     if ((rest = field(text, "source")) && !job->n_tensors) {
         return parse_source(job, rest, line);
@@ -334,7 +360,7 @@ static int parse_line(struct job *job, char *text, int64_t line, bool *ended) {
         *ended = true;
         return 0;
     }
-    return fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": not understood", line);
+    return fail(job, FAIL_JOB, at_line(line), "not understood");
 }
 
 static int parse_job(struct job *job, const char *path) {
@@ -342,20 +368,22 @@ static int parse_job(struct job *job, const char *path) {
     char *text = malloc(MAX_LINE);
     bool ended = false;
     int result = 0;
-    if (!file || !text) {
-        result = fail_errno(job, path, "cannot be opened");
+    if (!text) {
+        result = fail_memory(job, "the job table");
+    } else if (!file) {
+        result = fail_errno(job, FAIL_IO, "open", path);
     }
     for (int64_t line = 1; !result && !ended && fgets(text, MAX_LINE, file); line++) {
         size_t n = strlen(text);
         if (!n || text[n - 1] != '\n') {
-            result = fail(job, FAIL_JOB, NULL, line, "line %" PRId64 ": too long or cut", line);
+            result = fail(job, FAIL_JOB, at_line(line), "too long or cut");
             break;
         }
         text[n - 1] = 0;
         result = parse_line(job, text, line, &ended);
     }
     if (!result && (!ended || !job->n_sources || (job->alignment & (job->alignment - 1)))) {
-        result = fail(job, FAIL_JOB, NULL, -1, "the job table is not complete");
+        result = fail(job, FAIL_JOB, NOWHERE, "the job table is not complete");
     }
     free(text);
     if (file) {
@@ -367,8 +395,9 @@ static int parse_job(struct job *job, const char *path) {
 /* ------------------------------------------------------------------------------------------ */
 /* Files and ggml                                                                               */
 
-static int read_whole(struct job *job, int fd, const char *path, void *buffer, size_t size,
-                      int64_t offset) {
+/* `failure` is what it means that `path` cannot be read. */
+static int read_whole(struct job *job, enum failure failure, int fd, const char *path, void *buffer,
+                      size_t size, int64_t offset) {
     char *to = buffer;
     while (size) {
         ssize_t n = pread(fd, to, size, (off_t)offset);
@@ -376,10 +405,10 @@ static int read_whole(struct job *job, int fd, const char *path, void *buffer, s
             continue;
         }
         if (n < 0) {
-            return fail_errno(job, path, "read");
+            return fail_errno(job, failure, "read", path);
         }
         if (n == 0) {
-            return fail(job, FAIL_IO, NULL, -1, "%s: cut short while in use", path);
+            return fail(job, failure, NOWHERE, "cut short while in use: %s", path);
         }
         to += n;
         offset += n;
@@ -397,7 +426,7 @@ static int write_whole(struct job *job, const void *buffer, size_t size, int64_t
         }
         if (n <= 0) {
             errno = n == 0 ? ENOSPC : errno;
-            return fail_errno(job, job->output_path, "write");
+            return fail_errno(job, FAIL_IO, "write", job->temp_path);
         }
         from += n;
         offset += n;
@@ -409,7 +438,7 @@ static int write_whole(struct job *job, const void *buffer, size_t size, int64_t
 static int open_ggml(struct job *job) {
     void *library = dlopen(job->ggml_path, RTLD_NOW | RTLD_LOCAL);
     if (!library) {
-        return fail(job, FAIL_GGML, NULL, -1, "%s", dlerror());
+        return fail(job, FAIL_GGML, NOWHERE, "%s", dlerror());
     }
     const struct {
         const char *name;
@@ -428,7 +457,7 @@ static int open_ggml(struct job *job) {
     for (size_t i = 0; i < sizeof wanted / sizeof *wanted; i++) {
         void *symbol = dlsym(library, wanted[i].name);
         if (!symbol) {
-            return fail(job, FAIL_GGML, NULL, -1, "%s: has no %s", job->ggml_path, wanted[i].name);
+            return fail(job, FAIL_GGML, NOWHERE, "%s: has no %s", job->ggml_path, wanted[i].name);
         }
         memcpy(wanted[i].slot, &symbol, sizeof symbol); /* a function pointer from a void pointer */
     }
@@ -439,12 +468,12 @@ static int open_ggml(struct job *job) {
 static int row_bytes(struct job *job, const struct tensor *t, int type, size_t *bytes) {
     int64_t block = job->ggml.blck_size(type), size;
     if (block <= 0 || t->row_length % block) {
-        return fail(job, FAIL_JOB, t->name, -1, "rows of %" PRId64 " do not fit type %d",
+        return fail(job, FAIL_JOB, in_tensor(t), "rows of %" PRId64 " do not fit type %d",
                     t->row_length, type);
     }
     if (!multiply(t->row_length / block, (int64_t)job->ggml.type_size(type), &size) || size <= 0 ||
         size > INT32_MAX) {
-        return fail(job, FAIL_JOB, t->name, -1, "rows of %" PRId64 " are too long", t->row_length);
+        return fail(job, FAIL_JOB, in_tensor(t), "rows of %" PRId64 " are too long", t->row_length);
     }
     *bytes = (size_t)size;
     return 0;
@@ -462,14 +491,14 @@ static int check_tensor(struct job *job, struct tensor *t, int64_t *written_to) 
                 from_end <= job->sources[t->source].size && to_end <= job->size &&
                 t->to % job->alignment == 0 && t->to == *written_to;
     if (!fits) {
-        return fail(job, FAIL_JOB, t->name, -1, "its extent does not fit the files");
+        return fail(job, FAIL_JOB, in_tensor(t), "its extent does not fit the files");
     }
     *written_to = padded & ~(job->alignment - 1);
     if (t->imatrix >= 0) {
         bool inside = multiply(t->rows / t->matrix_rows, t->row_length, &importance) &&
                       add(t->imatrix, importance, &importance) && importance <= job->n_imatrix;
         if (!inside) {
-            return fail(job, FAIL_JOB, t->name, -1, "its importance weights are not in the imatrix");
+            return fail(job, FAIL_JOB, in_tensor(t), "its importance weights are not in the imatrix");
         }
     }
     if (t->from_type != t->to_type) {
@@ -479,10 +508,10 @@ static int check_tensor(struct job *job, struct tensor *t, int64_t *written_to) 
         if (!is_float && (traits->block_size != job->ggml.blck_size(t->from_type) ||
                           traits->type_size != job->ggml.type_size(t->from_type) ||
                           !traits->to_float)) {
-            return fail(job, FAIL_GGML, t->name, -1, "ggml cannot read type %d", t->from_type);
+            return fail(job, FAIL_GGML, in_tensor(t), "ggml cannot read type %d", t->from_type);
         }
         if (job->ggml.quantize_requires_imatrix(t->to_type) && t->imatrix < 0) {
-            return fail(job, FAIL_JOB, t->name, -1, "type %d needs an imatrix", t->to_type);
+            return fail(job, FAIL_JOB, in_tensor(t), "type %d needs an imatrix", t->to_type);
         }
         job->ggml.quantize_init(t->to_type);
     }
@@ -493,10 +522,30 @@ static int check_tensor(struct job *job, struct tensor *t, int64_t *written_to) 
     int64_t blocks;
     if (!multiply(per_matrix, t->rows / t->matrix_rows, &blocks) ||
         !add(job->n_blocks, blocks, &job->n_blocks)) {
-        return fail(job, FAIL_JOB, t->name, -1, "too many rows");
+        return fail(job, FAIL_JOB, in_tensor(t), "too many rows");
     }
     job->total_bytes += to_bytes;
     return 0;
+}
+
+/* All of a file that apreqel made for this job, or NULL. */
+static void *read_file(struct job *job, const char *path, int64_t *size) {
+    struct stat info;
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &info)) {
+        fail_errno(job, FAIL_IO, "open", path);
+        return NULL;
+    }
+    *size = (int64_t)info.st_size;
+    void *content = malloc((size_t)info.st_size + 1);
+    if (!content) {
+        fail_memory(job, path);
+    } else if (read_whole(job, FAIL_IO, fd, path, content, (size_t)info.st_size, 0)) {
+        free(content);
+        content = NULL;
+    }
+    close(fd);
+    return content;
 }
 
 static int open_files(struct job *job) {
@@ -505,98 +554,56 @@ static int open_files(struct job *job) {
         struct source *source = &job->sources[i];
         source->fd = open(source->path, O_RDONLY | O_CLOEXEC);
         if (source->fd < 0 || fstat(source->fd, &info)) {
-            return fail_errno(job, source->path, "open");
+            return fail_errno(job, FAIL_SOURCE, "open", source->path);
         }
         if ((int64_t)info.st_size != source->size) {
-            return fail(job, FAIL_IO, NULL, -1, "%s: changed while in use", source->path);
+            return fail(job, FAIL_SOURCE, NOWHERE, "changed while in use: %s", source->path);
         }
     }
     if (strcmp(job->imatrix_path, "-")) {
-        int fd = open(job->imatrix_path, O_RDONLY | O_CLOEXEC);
-        if (fd < 0 || fstat(fd, &info)) {
-            return fail_errno(job, job->imatrix_path, "open");
-        }
-        job->n_imatrix = (int64_t)info.st_size / (int64_t)sizeof(float);
-        job->imatrix = malloc((size_t)info.st_size + 1);
-        int result = job->imatrix ? read_whole(job, fd, job->imatrix_path, job->imatrix,
-                                               (size_t)job->n_imatrix * sizeof(float), 0)
-                                  : fail(job, FAIL_IO, NULL, -1, "out of memory for the imatrix");
-        close(fd);
-        return result;
+        int64_t size = 0;
+        job->imatrix = read_file(job, job->imatrix_path, &size);
+        job->n_imatrix = size / (int64_t)sizeof(float);
+        return job->imatrix ? 0 : -1;
     }
     return 0;
 }
 
 /* Make the temp file at its full size, with the header in it; the padding stays zero. */
 static int start_output(struct job *job, int64_t *data_start) {
-    struct stat info;
-    if (!job->force && !lstat(job->output_path, &info)) {
-        return fail(job, FAIL_EXISTS, NULL, -1, "%s exists", job->output_path);
-    }
-    int fd = open(job->header_path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0 || fstat(fd, &info)) {
-        return fail_errno(job, job->header_path, "open");
-    }
-    char *header = malloc((size_t)info.st_size + 1);
-    *data_start = (int64_t)info.st_size;
-    int result = 0;
+    char *header = read_file(job, job->header_path, data_start);
     if (!header) {
-        result = fail(job, FAIL_IO, NULL, -1, "out of memory for the header");
-    } else if (*data_start > job->size || *data_start % job->alignment) {
-        result = fail(job, FAIL_JOB, NULL, -1, "the header has %" PRId64 " bytes", *data_start);
-    } else {
-        result = read_whole(job, fd, job->header_path, header, (size_t)info.st_size, 0);
+        return -1;
     }
-    close(fd);
-    if (!result) {
-        job->output_fd = open(job->temp_path, O_RDWR | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-        if (job->output_fd < 0) {
-            result = fail_errno(job, job->temp_path, "open");
-        } else {
-            job->temp_exists = true;
-            if (ftruncate(job->output_fd, (off_t)job->size)) {
-                result = fail_errno(job, job->temp_path, "set the size");
-            } else {
-                result = write_whole(job, header, (size_t)info.st_size, 0);
-            }
-        }
+    int result;
+    if (*data_start > job->size || *data_start % job->alignment) {
+        result = fail(job, FAIL_JOB, NOWHERE, "the header has %" PRId64 " bytes", *data_start);
+    } else if ((job->output_fd = open(job->temp_path, NEW_FILE, 0666)) < 0) {
+        result = fail_errno(job, FAIL_IO, "make", job->temp_path);
+    } else {
+        job->temp_is_ours = true;
+        result = ftruncate(job->output_fd, (off_t)job->size)
+                     ? fail_errno(job, FAIL_IO, "set the size of", job->temp_path)
+                     : write_whole(job, header, (size_t)*data_start, 0);
     }
     free(header);
     return result;
 }
 
-static int sync_folder(struct job *job) {
-    char *folder = strdup(job->output_path);
-    if (!folder) {
-        return fail(job, FAIL_IO, NULL, -1, "out of memory");
-    }
-    char *slash = strrchr(folder, '/');
-    if (slash) {
-        *(slash == folder ? slash + 1 : slash) = 0;
-    }
-    int fd = open(slash ? folder : ".", O_RDONLY | O_CLOEXEC);
-    int result = fd < 0 || fsync(fd) ? fail_errno(job, folder, "sync the folder") : 0;
-    if (fd >= 0) {
-        close(fd);
-    }
-    free(folder);
-    return result;
-}
-
 static int finish_output(struct job *job) {
     if (fsync(job->output_fd)) {
-        return fail_errno(job, job->output_path, "sync");
+        return fail_errno(job, FAIL_IO, "sync", job->temp_path);
     }
     int fd = job->output_fd;
     job->output_fd = -1;
     if (close(fd)) {
-        return fail_errno(job, job->output_path, "close");
+        return fail_errno(job, FAIL_IO, "close", job->temp_path);
     }
-    if (rename(job->temp_path, job->output_path)) {
-        return fail_errno(job, job->output_path, "rename");
+    if (g_signalled) { /* while it was synced: nobody may be left who wants the file */
+        return fail(job, FAIL_INTERRUPTED, NOWHERE, "interrupted");
     }
-    job->temp_exists = false;
-    return sync_folder(job);
+    job->temp_is_ours = false;
+    return 0;
 }
 
 /* ------------------------------------------------------------------------------------------ */
@@ -627,7 +634,8 @@ static int fail_bad_row(struct job *job, const struct tensor *t, int type, const
     while (row < rows - 1 && job->ggml.validate_row_data(type, data + (size_t)row * row_size, row_size)) {
         row++;
     }
-    return fail(job, FAIL_DATA, t->name, first_row + row, "%s", what);
+    struct where where = {t->name, first_row + row, 0, 0};
+    return fail(job, FAIL_DATA, where, "%s", what);
 }
 
 static int do_block(struct job *job, int64_t block, struct buffers *b) {
@@ -641,7 +649,7 @@ static int do_block(struct job *job, int64_t block, struct buffers *b) {
     const struct source *source = &job->sources[t->source];
     const char *result = b->from;
 
-    if (read_whole(job, source->fd, source->path, b->from, from_size,
+    if (read_whole(job, FAIL_SOURCE, source->fd, source->path, b->from, from_size,
                    t->from + first * (int64_t)t->from_row)) {
         return -1;
     }
@@ -665,7 +673,7 @@ static int do_block(struct job *job, int64_t block, struct buffers *b) {
         size_t size =
             job->ggml.quantize_chunk(t->to_type, values, b->to, 0, rows, t->row_length, importance);
         if (size != to_size) {
-            return fail(job, FAIL_GGML, t->name, first, "ggml wrote %zu bytes, expected %zu", size,
+            return fail(job, FAIL_GGML, in_tensor(t), "ggml wrote %zu bytes, expected %zu", size,
                         to_size);
         }
         if (!job->ggml.validate_row_data(t->to_type, b->to, to_size)) {
@@ -693,7 +701,7 @@ static void *work(void *argument) {
     }
     struct buffers b = {malloc(from), malloc(to), malloc(values * sizeof(float))};
     if (!b.from || !b.to || !b.values) {
-        fail(job, FAIL_IO, NULL, -1, "out of memory for a block of rows");
+        fail_memory(job, "a block of rows");
     }
     while (!atomic_load(&job->stop)) {
         long long block = atomic_fetch_add(&job->next_block, 1);
@@ -729,7 +737,7 @@ static int run_workers(struct job *job) {
         if (pthread_create(&threads[n], NULL, work, job)) {
             atomic_fetch_sub(&job->active, 1);
             if (!n) {
-                return fail(job, FAIL_IO, NULL, -1, "cannot start a thread");
+                return fail_memory(job, "a thread");
             }
             break; /* fewer threads do the same work */
         }
@@ -738,7 +746,7 @@ static int run_workers(struct job *job) {
     for (int polls = 1; atomic_load(&job->active); polls++) {
         nanosleep(&moment, NULL);
         if (g_signalled) {
-            fail(job, FAIL_INTERRUPTED, NULL, -1, "interrupted");
+            fail(job, FAIL_INTERRUPTED, NOWHERE, "interrupted");
         }
         if (polls % POLLS_PER_PROGRESS == 0) {
             print_progress(job);
@@ -763,20 +771,17 @@ static int build_output(struct job *job, const char *path) {
         }
     }
     if (at != job->size) {
-        return fail(job, FAIL_JOB, NULL, -1, "the tensors end at %" PRId64 ", not at %" PRId64, at,
+        return fail(job, FAIL_JOB, NOWHERE, "the tensors end at %" PRId64 ", not at %" PRId64, at,
                     job->size);
     }
-    if (run_workers(job)) {
-        return -1;
-    }
-    return finish_output(job);
+    return run_workers(job) ? -1 : finish_output(job);
 }
 
 static void free_job(struct job *job) {
     if (job->output_fd >= 0) {
         close(job->output_fd);
     }
-    if (job->temp_exists) {
+    if (job->temp_is_ours) {
         unlink(job->temp_path);
     }
     for (int i = 0; i < job->n_sources; i++) {
@@ -795,7 +800,6 @@ static void free_job(struct job *job) {
     free(job->header_path);
     free(job->imatrix_path);
     free(job->temp_path);
-    free(job->output_path);
     pthread_mutex_destroy(&job->failure_lock);
 }
 
@@ -826,18 +830,14 @@ static int64_t peak_rss_bytes(void) {
 }
 
 /* Run the job table at `path`, report on stdout, and return the exit status. */
-int apreqel_quantize(const char *path);
-
-int apreqel_quantize(const char *path) {
+static int run_job(const char *path) {
     struct job job;
     memset(&job, 0, sizeof job);
     job.output_fd = -1;
     pthread_mutex_init(&job.failure_lock, NULL);
-    int result = build_output(&job, path);
-    int status = result ? (job.failure ? job.failure : FAIL_JOB) : 0;
-    if (result) {
-        printf("{\"event\":\"error\",\"code\":%d,%s}\n", status,
-               job.failure_text[0] ? job.failure_text : "\"message\":\"unknown\"");
+    int status = build_output(&job, path) ? job.failure : 0;
+    if (status) {
+        printf("{\"event\":\"error\",\"code\":%d,%s}\n", status, job.failure_text);
     } else {
         int64_t peak = peak_rss_bytes();
         printf("{\"event\":\"done\",\"size_bytes\":%" PRId64 ",\"peak_rss_bytes\":%" PRId64 "}\n",
@@ -848,7 +848,6 @@ int apreqel_quantize(const char *path) {
     return status;
 }
 
-#ifndef APREQEL_TESTING
 int main(int argc, char **argv) {
     if (argc != 2) {
         fprintf(stderr, "usage: apreqel-quantize JOB\n");
@@ -863,6 +862,5 @@ int main(int argc, char **argv) {
     sigaction(SIGTERM, &action, NULL);
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
-    return apreqel_quantize(argv[1]);
+    return run_job(argv[1]);
 }
-#endif

@@ -15,8 +15,10 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from apreqel.llama.library import build_info, gpu_name
 
 # Other processes may take this part of the cores before a reading is refused.
 _BUSY_SHARE = 0.10
@@ -63,6 +65,7 @@ def detect() -> Device:
     import psutil
 
     memory = psutil.virtual_memory()
+    max_khz = _integer(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"))
     return Device(
         cpu=_cpu_name(),
         machine=platform.machine(),
@@ -73,18 +76,24 @@ def detect() -> Device:
         memory_bytes=int(memory.total),
         available_bytes=available_bytes(int(memory.available)),
         governor=_read("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor"),
-        max_mhz=_max_mhz(),
+        max_mhz=max_khz / 1000 if max_khz else None,
         cluster_cores=[len(cores) for cores in clusters()],
     )
 
 
+def this_device() -> tuple[Device, str]:
+    """(the device that runs this, its fingerprint with the llama.cpp that is installed)."""
+    device = replace(detect(), gpu=gpu_name())
+    return device, device.fingerprint(build_info())
+
+
 def available_bytes(free: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Of `free` memory what this process may have: a container's limit may be lower."""
-    limit, used = (_read(str(cgroup / f"memory.{name}")) or "" for name in ("max", "current"))
+    limit, used = (_read(cgroup / f"memory.{name}") or "" for name in ("max", "current"))
     if not (limit.isdigit() and used.isdigit()):
         return free
     # Pages of files that are given back when memory is wanted count as used.
-    cached = re.search(r"^inactive_file (\d+)", _read(str(cgroup / "memory.stat")) or "", re.M)
+    cached = re.search(r"^inactive_file (\d+)", _read(cgroup / "memory.stat") or "", re.M)
     return max(0, min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
 
 
@@ -161,19 +170,17 @@ class _Load:
 
     @staticmethod
     def now() -> _Load:
+        import resource
+
         import psutil
 
-        cpu, own, swap = psutil.cpu_times(), os.times(), _swap_pages()
-        idle = cpu.idle + getattr(cpu, "iowait", 0.0)
-        everything = sum(cpu) - getattr(cpu, "guest", 0.0) - getattr(cpu, "guest_nice", 0.0)
-        return _Load(
-            time.monotonic(),
-            everything - idle,
-            own.user + own.system,
-            _major_faults(),
-            swap,
-            times_throttled(),
-        )
+        cpu, own = psutil.cpu_times(), sum(os.times()[:2])
+        # Seconds of guests are counted as users' as well.
+        others = (getattr(cpu, n, 0.0) for n in ("idle", "iowait", "guest", "guest_nice"))
+        busy, page_ins = sum(cpu) - sum(others), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
+        swaps = re.findall(r"^pswp(?:in|out) (\d+)", _read("/proc/vmstat") or "", re.M)
+        swapped = sum(map(int, swaps))
+        return _Load(time.monotonic(), busy, own, page_ins, swapped, times_throttled())
 
 
 class Watch:
@@ -214,12 +221,10 @@ def times_throttled(root: Path = Path("/sys")) -> int:
 
 def is_throttled(root: Path = Path("/sys")) -> bool:
     """Whether the system says that the processor is held back by heat or power right now."""
-    pi = _read(str(root / "devices/platform/soc/soc:firmware/get_throttled"))
+    pi = _read(root / "devices/platform/soc/soc:firmware/get_throttled")
     if pi is not None:
-        try:
-            return bool(int(pi, 16) & _PI_THROTTLED_NOW)
-        except ValueError:
-            return False
+        flags = re.fullmatch(r"(?:0x)?([0-9a-fA-F]+)", pi)
+        return flags is not None and bool(int(flags[1], 16) & _PI_THROTTLED_NOW)
     cpu = root / "devices/system/cpu/cpu0/cpufreq"
     limit, usual = _integer(cpu / "scaling_max_freq"), _integer(cpu / "cpuinfo_max_freq")
     if limit and usual and limit < _CLOCK_SHARE * usual:
@@ -233,30 +238,17 @@ def _is_too_hot(zone: Path) -> bool:
     trips = [
         _integer(kind.with_name(kind.name.replace("_type", "_temp")))
         for kind in zone.glob("trip_point_*_type")
-        if _read(str(kind)) == "passive"
+        if _read(kind) == "passive"
     ]
     return now is not None and any(
         trip is not None and now >= trip >= 1000 * _LEAST_TRIP_CELSIUS for trip in trips
     )
 
 
-def _major_faults() -> int:
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_majflt
-
-
-def _swap_pages() -> int:
-    fields = dict(
-        line.split()[:2] for line in (_read("/proc/vmstat") or "").splitlines() if " " in line
-    )
-    return int(fields.get("pswpin", 0)) + int(fields.get("pswpout", 0))
-
-
 # --- reading the system --------------------------------------------------------------------------
 
 
-def _read(path: str) -> str | None:
+def _read(path: str | Path) -> str | None:
     try:
         return Path(path).read_text().strip() or None
     except (OSError, UnicodeDecodeError):
@@ -264,7 +256,7 @@ def _read(path: str) -> str | None:
 
 
 def _integer(path: Path) -> int | None:
-    text = _read(str(path)) or ""
+    text = _read(path) or ""
     return int(text) if re.fullmatch(r"-?[0-9]+", text) else None
 
 
@@ -292,16 +284,6 @@ def _last_level_cache() -> int | None:
     if platform.system() == "Darwin":
         found = _sysctl("hw.l3cachesize") or _sysctl("hw.l2cachesize")
         return int(found) if found and found.isdigit() else None
-    sizes = []
-    for index in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
-        text = _read(str(index)) or ""
-        if text.endswith("K") and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) << 10)
-        elif text.endswith("M") and text[:-1].isdigit():
-            sizes.append(int(text[:-1]) << 20)
-    return max(sizes, default=None)
-
-
-def _max_mhz() -> float | None:
-    khz = _integer(Path("/sys/devices/system/cpu/cpu0/cpufreq/cpuinfo_max_freq"))
-    return khz / 1000 if khz else None
+    texts = map(_read, Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"))
+    sizes = [re.fullmatch(r"(\d+)([KM])", text or "") for text in texts]
+    return max((int(s[1]) << (10 if s[2] == "K" else 20) for s in sizes if s), default=None)

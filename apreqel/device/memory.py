@@ -2,22 +2,26 @@
 
 Weights are the file's own map, plus a copy of every tensor that this CPU keeps in another layout
 (`--no-mmap` drops the first part of those again). The KV cache is what llama.cpp itself accounts
-for; vocabulary and touched buffers were measured with the device profile, at two contexts.
+for; vocabulary and touched buffers are measured with the device profile, at two contexts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from apreqel import llama
-from apreqel.errors import UsageError
-from apreqel.model.qtypes import lookup
+from apreqel.errors import EngineError, UsageError
+from apreqel.llama.footprint import measure_footprint, memory_accounting
+from apreqel.model.qtypes import USUAL_CACHES, lookup
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from apreqel.device.profile import DeviceProfile
     from apreqel.model.inventory import Inventory
+    from apreqel.progress import Progress
 
 DEFAULT_CONTEXT = 4096
 
@@ -42,6 +46,56 @@ class MemoryUse:
         return self.total_bytes - self.copied_bytes
 
 
+def copied_bytes(profile: DeviceProfile, inventory: Inventory, types: Mapping[str, str]) -> int:
+    """What of the weights is held once more, in another layout."""
+    return sum(
+        lookup(types[t.name]).size_bytes(t.shape)
+        for t in inventory.quantizable
+        if profile.is_repacked(t, inventory, types[t.name])
+    )
+
+
+def cache_bytes(
+    inventory: Inventory, n_ctx: int, types: Sequence[str] = USUAL_CACHES
+) -> tuple[float, float]:
+    """Bytes of the K and of the V cache, as llama.cpp accounts for them. Raises EngineError."""
+    k, v = map(lookup, types)
+    found = memory_accounting(inventory.files[0], n_ctx, k, v)
+    # Some architectures state only the sum.
+    both = (found["k"], found["v"]) if found["k"] else (found["kv"] / 2, found["kv"] / 2)
+    return float(both[0]), float(both[1])
+
+
+def measure_rest(
+    profile: DeviceProfile,
+    inventory: Inventory,
+    types: Mapping[str, str],
+    path: Path,
+    progress: Progress,
+) -> tuple[float, float]:
+    """(bytes, bytes per token of context) that runs of the file take beside weights and KV cache.
+
+    The file at `path` is the model with these types. Raises EngineError.
+    """
+    weights = path.stat().st_size + copied_bytes(profile, inventory, types)
+    longest = inventory.context_length or DEFAULT_CONTEXT
+    contexts = sorted({min(512, longest), min(4096, longest)})
+
+    def rest(n_ctx: int, cache: str) -> int:
+        progress(f"measuring memory at context {n_ctx}", 0, 0)
+        kv = memory_accounting(path, n_ctx, lookup(cache), lookup(cache))["kv"]
+        used = measure_footprint(path, n_ctx, n_ctx, profile.n_threads, (cache, cache))
+        return used.run_bytes - weights - kv
+
+    rests = [rest(n_ctx, "F16") for n_ctx in contexts]
+    # A quantised cache needs some room to work in; where heads hold none, it is not offered.
+    with suppress(EngineError):
+        more = max(0, rest(contexts[0], "Q8_0") - rests[0])
+        rests = [value + more for value in rests]
+    slope = (rests[-1] - rests[0]) / max(1, contexts[-1] - contexts[0])
+    return float(rests[0] - slope * contexts[0]), float(slope)
+
+
 def rest_bytes(profile: DeviceProfile, inventory: Inventory, n_ctx: int) -> int:
     """What a run takes beside weights and KV cache.
 
@@ -56,31 +110,16 @@ def rest_bytes(profile: DeviceProfile, inventory: Inventory, n_ctx: int) -> int:
     return int(overhead.memory_rest + overhead.memory_per_context * n_ctx)
 
 
-def cache_bytes(
-    inventory: Inventory, n_ctx: int, types: Sequence[str] = ("F16", "F16")
-) -> tuple[float, float]:
-    """Bytes of the K and of the V cache, as llama.cpp accounts for them. Raises EngineError."""
-    k, v = (lookup(kind) for kind in types)
-    found = llama.memory_accounting(inventory.files[0], n_ctx, k, v)
-    # Some architectures state only the sum.
-    both = (found["k"], found["v"]) if found["k"] else (found["kv"] / 2, found["kv"] / 2)
-    return float(both[0]), float(both[1])
-
-
 def memory_use(
     profile: DeviceProfile,
     inventory: Inventory,
     types: Mapping[str, str],
     file_bytes: int,
     n_ctx: int,
-    cache_types: Sequence[str] = ("F16", "F16"),
+    cache_types: Sequence[str] = USUAL_CACHES,
 ) -> MemoryUse:
     """The memory of a file of `file_bytes` with these types. Raises UsageError, EngineError."""
-    copied = sum(
-        lookup(types[t.name]).size_bytes(t.shape)
-        for t in inventory.quantizable
-        if profile.is_repacked(t, inventory, types[t.name])
-    )
+    copied = copied_bytes(profile, inventory, types)
     kv = int(sum(cache_bytes(inventory, n_ctx, cache_types)))
     return MemoryUse(n_ctx, file_bytes, copied, kv, rest_bytes(profile, inventory, n_ctx))
 

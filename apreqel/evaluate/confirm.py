@@ -1,29 +1,27 @@
 """A plan that real files confirm: measured beside the best stock and uniform maps, the best kept.
 
 Predictions choose what is tried; files decide. A limit on damage is held as measured: where the
-plan's file lies beyond it, or could come closer to it, the plan is made again.
+plan's file lies beyond it, or could come closer to it, the plan is made again. A rival is taken
+only where the paired interval says that it is closer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from apreqel.errors import InfeasiblePlanError
-from apreqel.model.qtypes import lookup
-from apreqel.plan.options import CACHES, Options, build_options
-from apreqel.plan.plan import Plan, TrialResult
-from apreqel.plan.planner import DEFAULT_PRESET, Planner, Solved, stock_map
-from apreqel.solver.knapsack import Limit, solve
-
-if TYPE_CHECKING:
-    from apreqel.evaluate.real_files import Trial, Trials
-    from apreqel.model.inventory import Inventory
-    from apreqel.sensitivity.measure import Sensitivity
+from apreqel.evaluate.real_files import FileBench, FileMeasurement
+from apreqel.model.qtypes import lookup, nearest
+from apreqel.plan.make_plan import make_plan
+from apreqel.plan.options import Options
+from apreqel.plan.plan import FileResult, Plan
+from apreqel.plan.planner import DEFAULT_PRESET, Planner
+from apreqel.plan.solve import Solved, solve_request
+from apreqel.solver.knapsack import Limit, solve, total
 
 STOCK = (
     "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "IQ4_XS", "IQ4_NL", "Q4_0", "Q4_1", "Q4_K_S", "Q4_K_M",
@@ -39,59 +37,67 @@ _ROUNDS = 5
 _NEAR = 0.97
 
 
-def confirmed_plan(planner: Planner, trials: Trials) -> Plan:
-    """The plan that real files bear out, with the trials in it.
+@dataclass(frozen=True)
+class _Attempt:
+    """A plan as solved, its real file, and what a run would lose with that.
 
-    Where bytes decide, the least KLD of the plan and its rivals, if these meet all limits, too.
-    Where there is a limit on damage, the best plan that keeps to it as measured; if none was
-    found the nearest, with `beyond_limit` set. Raises what `Planner.solve` raises, EngineError,
-    OutputError.
+    `nats` are as measured, and beside the weights as predicted.
     """
-    state, request = planner.sensitivity, planner.request
-    target = _target(planner, trials)
-    solved, trial, loss = _within(planner, target, trials)
-    state.learn_totals(trials.knots)
-    made, chosen = planner.plan(solved), trial
-    rivals = [trials.measure(label, types) for label, types in rival_maps(planner, solved)]
-    notes = list(made.notes)
-    beyond = target is not None and loss > target
+
+    solved: Solved
+    file: FileMeasurement
+    nats: float
+
+
+def confirmed_plan(planner: Planner, bench: FileBench) -> Plan:
+    """The plan that real files bear out, with their results in it.
+
+    Where bytes decide, the plan or a rival that is closer by its whole paired interval, if that
+    meets all limits, too. Where there is a limit on damage, the best plan that keeps to it as
+    measured; if none was found the nearest, with `beyond_limit` set. Raises what `solve_request`
+    raises, EngineError, OutputError.
+    """
+    request, most = planner.request, _most_nats(planner, bench)
+    attempt = _within(planner, most, bench)
+    solved, chosen = attempt.solved, attempt.file
+    rivals = [bench.measure(label, types) for label, types in rival_maps(planner, solved)]
+    # What these files tell of totals counts in the plan's prediction.
+    planner = replace(planner, damage=replace(planner.damage, files=bench.known.own))
+    closer = [r for r in rivals if r.is_closer_than(chosen) and solved.allows(r.types)]
+    by_closeness = request.prefer in ("accuracy", "balanced") and not request.weights
+    notes = []
+    beyond = most is not None and attempt.nats > most
     if beyond:
         notes.append(
-            f"as a real file it measures {loss:.5f} nats, beyond the limit of {target:.5f}; no "
-            "plan was found that keeps to it and to the other limits"
+            f"as a real file it measures {attempt.nats:.5f} nats, beyond the limit of {most:.5f}; "
+            "no plan was found that keeps to it and to the other limits"
         )
-    better = [r for r in rivals if r.kld.mean < trial.kld.mean and solved.allows(r.types)]
-    by_closeness = request.prefer in ("accuracy", "balanced") and not request.weights
-    if better and by_closeness and state.metric == "kld":
-        chosen = min(better, key=lambda r: r.kld.mean)
-        made = planner.plan(solved, chosen.types)
+    if closer and by_closeness and planner.damage.metric == "kld":
+        chosen = min(closer, key=lambda r: r.kld.mean)
         notes.append(
             f"{chosen.label} measured better than the planned map and was taken instead"
-            + (", without error feedback" if request.feedback else "")
+            + (", without GPTQ" if request.gptq else "")
         )
-    return replace(
-        made,
-        notes=notes,
-        beyond_limit=beyond,
-        trials=[_result(t, chosen) for t in (trial, *rivals)],
-    )
+    made = make_plan(planner, solved, None if chosen is attempt.file else chosen.types)
+    results = [_result(file, chosen) for file in (attempt.file, *rivals)]
+    return replace(made, notes=[*made.notes, *notes], beyond_limit=beyond, files=results)
 
 
 def better(plan: Plan, refined: Plan) -> Plan:
     """Which of two measured plans serves the priority better; with a note on what refining did."""
-    changed = sum(plan.types[name] != kind for name, kind in refined.types.items())
-    what = f"{len(refined.exchanges)} exchanges around the plan were probed"
+    changed = sum(plan.types[name] != t for name, t in refined.types.items())
+    what = f"{len(refined.swaps)} swaps around the plan were probed"
     if not changed:
         return replace(plan, notes=[*plan.notes, f"{what}; they change nothing"])
-    before, after = (_measured(p) for p in (plan, refined))
+    before, after = (_measured_nats(p) for p in (plan, refined))
     tried = f"{changed} other types: {after:.5f} nats as a real file against {before:.5f}"
     if _merit(refined) < _merit(plan):
         return replace(refined, notes=[*refined.notes, f"{what} and led to {tried}"])
     return replace(plan, notes=[*plan.notes, f"{what} and led to {tried}; not taken"])
 
 
-def _measured(plan: Plan) -> float:
-    return next(t.kld.mean for t in plan.trials if t.is_taken)
+def _measured_nats(plan: Plan) -> float:
+    return next(f.kld.mean for f in plan.files if f.is_taken)
 
 
 def _merit(plan: Plan) -> tuple[bool, float]:
@@ -102,129 +108,109 @@ def _merit(plan: Plan) -> tuple[bool, float]:
         n_prompt, n_generated = plan.provenance.settings["workload"]
         seconds = n_prompt / plan.speed.prefill.value + n_generated / plan.speed.decode.value
         return plan.beyond_limit, float(seconds)
-    return plan.beyond_limit, _measured(plan)
+    return plan.beyond_limit, _measured_nats(plan)
 
 
-def try_ladder(
-    inventory: Inventory,
-    sensitivity: Sensitivity,
-    records: Sequence[bytes],
-    trials: Trials,
-    count: int,
-) -> None:
+def measure_ladder(planner: Planner, bench: FileBench, count: int) -> None:
     """Measure `count` plans along the ladder of sizes as real files, for the totals of others.
 
-    Leaves their results in the sensitivity. Raises EngineError, OutputError.
+    The bench keeps them. Raises EngineError, OutputError.
     """
-    options = build_options(inventory, sensitivity, records)
-    own = inventory.types
+    options, inventory = planner.options(None), planner.inventory
     n_weights = sum(t.n_elements for t in inventory.quantizable)
     least = sum(float(row.min()) for row in options.sizes)
     bits = np.linspace(_LADDER_BITS[0], _LADDER_BITS[1], count + 2)[1:-1]
-    budgets = [b * n_weights / 8 for b in bits if b * n_weights / 8 > least]
-    for budget in budgets:
-        solution = solve(options.damages, [Limit("size", options.sizes, budget)])
-        trials.measure("ladder", own | options.types_of(solution))
-    sensitivity.learn_totals(trials.knots)
+    for n_bytes in bits * n_weights / 8:
+        if n_bytes > least:
+            solution = solve(options.damages, [Limit("size", options.sizes, float(n_bytes))])
+            bench.measure("ladder", inventory.types | options.types_of(solution))
 
 
-def _within(planner: Planner, target: float | None, trials: Trials) -> tuple[Solved, Trial, float]:
-    """The plan as solved or, with a target, the one that comes closest to it from below.
+# --- limits on damage ----------------------------------------------------------------------------
 
-    With its real file, and what a run would lose with that: as measured, and beside the weights as
-    predicted. Where damage is not what is traded for size or speed, a plan below the target is left
-    alone.
+
+def _within(planner: Planner, most: float | None, bench: FileBench) -> _Attempt:
+    """The plan as solved or, with a limit of `most` nats, the one that comes closest from below.
+
+    Where damage is not what is traded for size or speed, a plan below the limit is left alone.
     """
     request = planner.request
     uses_room = request.prefer in ("memory", "latency") and not request.weights
-    ease = 1.0
-    found: list[tuple[float, float, tuple[Solved, Trial, float]]] = []
+    factor = 1.0
+    found: list[tuple[float, float, _Attempt]] = []  # nats over the limit, factor, attempt
     for _ in range(_ROUNDS):
         try:
-            solved = planner.solve(ease)
+            solved = solve_request(planner, factor)
         except InfeasiblePlanError:
             if not found:
                 raise
             break
-        made = planner.plan(solved)
-        trial = trials.measure("plan", made.types)
-        loss = trial.kld.mean + made.beside_nats
-        if target is None:
-            return solved, trial, loss
-        ratio = loss / target if target > 0 else math.inf
-        found.append((ratio, ease, (solved, trial, loss)))
+        made = make_plan(planner, solved)
+        file = bench.measure("plan", made.types)
+        attempt = _Attempt(solved, file, file.kld.mean + made.cache_and_experts_nats)
+        if most is None:
+            return attempt
+        ratio = attempt.nats / most if most > 0 else math.inf
+        found.append((ratio, factor, attempt))
         if (_NEAR <= ratio <= 1) or (ratio <= 1 and not uses_room) or not 0 < ratio < math.inf:
             break
-        ease = _next_ease([row[:2] for row in found])
+        factor = _next_factor([row[:2] for row in found])
     below = [row for row in found if row[0] <= 1]
     best = max(below, key=lambda row: row[0]) if below else min(found, key=lambda row: row[0])
     return best[2]
 
 
-def _next_ease(found: Sequence[tuple[float, float]]) -> float:
-    """Where to look for a ratio just below 1, from (ratio, ease) so far: a secant in logarithms."""
+def _next_factor(found: Sequence[tuple[float, float]]) -> float:
+    """Where to look for a ratio just below 1, from (ratio, factor) so far: a secant of logs."""
     below = max((row for row in found if row[0] <= 1), default=None)
     above = min((row for row in found if row[0] > 1), default=None)
     aim = (_NEAR + 1) / 2
     if below and above:
         part = np.log(aim / below[0]) / np.log(above[0] / below[0])
         return float(below[1] * (above[1] / below[1]) ** np.clip(part, 0.1, 0.9))
-    ratio, ease = found[-1]
+    ratio, factor = found[-1]
     # Files answer less than the limit is moved by: step farther the longer it takes.
     step = (aim / ratio) ** len(found)
-    return float(ease * np.clip(step, 0.4, 2.5))
+    return float(factor * np.clip(step, 0.4, 2.5))
 
 
-def _target(planner: Planner, trials: Trials) -> float | None:
+def _most_nats(planner: Planner, bench: FileBench) -> float | None:
     """The damage that must not be passed, in nats of a real run; None for no such limit."""
-    request, state = planner.request, planner.sensitivity
-    if state.metric != "kld":
+    request = planner.request
+    if planner.damage.metric != "kld":
         return None  # real files are measured in KLD
     if request.max_kld_nats is not None:
         return request.max_kld_nats
     if request.prefer in ("memory", "latency") and not request.weights:
-        types = stock_map(planner.inventory, state, DEFAULT_PRESET)
-        experts = planner.experts.damage_nats if planner.experts else 0.0
-        return trials.measure(f"stock {DEFAULT_PRESET}", types).kld.mean + experts
+        stock = bench.measure(f"stock {DEFAULT_PRESET}", planner.stock)
+        return stock.kld.mean + planner.experts_nats
     return None
 
 
-def _result(trial: Trial, chosen: Trial) -> TrialResult:
-    ratio, low, high = chosen.ratio(trial)
-    return TrialResult(
-        trial.label,
-        trial.size_bytes,
-        trial.kld,
-        trial.kld_p999,
-        ratio,
-        (low, high),
-        trial is chosen,
+def _result(file: FileMeasurement, chosen: FileMeasurement) -> FileResult:
+    ratio, low, high = chosen.ratio(file)
+    interval, is_taken = (low, high), file is chosen
+    return FileResult(
+        file.label, file.size_bytes, file.kld, file.kld_p999, ratio, interval, is_taken
     )
+
+
+# --- rivals --------------------------------------------------------------------------------------
 
 
 def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
     """The stock map and the uniform one of least predicted damage at no more bytes.
 
-    Without error feedback, as they are then written.
+    Without GPTQ, as they are then written.
     """
-    inventory, sensitivity = planner.inventory, planner.sensitivity
-    whole = solved.options
-    n = len(whole.names) - (CACHES in whole.names)  # the KV cache comes last
-    options = replace(
-        whole,
-        names=whole.names[:n],
-        types=whole.types[:n],
-        sizes=whole.sizes[:n],
-        damages=whole.damages[:n],
-    )
-    without = options.rows(lambda name, kind: whole.model.damage(name, kind, False).nats)
-    options = replace(options, damages=without)
-    chosen = zip(options.sizes, solved.solution.choice, strict=False)
-    data_bytes = sum(float(row[c]) for row, c in chosen)
-    own = inventory.types
+    options = solved.options.without_caches()
+    as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, gptq=False).nats)
+    options = replace(options, damages=as_they_are)
+    data_bytes = total(options.sizes, solved.solution.choice[: len(options.names)])
+    own = planner.inventory.types
     groups: Sequence[Mapping[str, dict[str, str]]] = (
-        {f"stock {name}": stock_map(inventory, sensitivity, name) for name in STOCK},
-        {f"uniform {k}": own | types for k, types in uniform_maps(options).items()},
+        {f"stock {preset}": planner.probed.stock_types(preset) for preset in STOCK},
+        {f"uniform {t}": own | types for t, types in uniform_maps(options).items()},
     )
     for group in groups:
         best = best_fitting(group, options, data_bytes)
@@ -236,28 +222,20 @@ def best_fitting(
     maps: Mapping[str, Mapping[str, str]], options: Options, data_bytes: float
 ) -> str | None:
     """Of the maps whose types were all measured and take at most `data_bytes`, the closest one."""
-    totals = {}
+    nats = {}
     for label, types in maps.items():
-        rows = zip(options.names, options.types, options.sizes, options.damages, strict=True)
-        chosen = [(sizes, damages, kinds.index(t)) for name, kinds, sizes, damages in rows
-                  if (t := types[name]) in kinds]  # fmt: skip
-        if len(chosen) == len(options.names) and sum(s[j] for s, _, j in chosen) <= data_bytes:
-            totals[label] = float(sum(d[j] for _, d, j in chosen))
-    return min(totals, key=lambda label: totals[label]) if totals else None
+        choice = [j for j in options.choice_of(types) if j is not None]
+        if len(choice) == len(options.names) and total(options.sizes, choice) <= data_bytes:
+            nats[label] = total(options.damages, choice)
+    return min(nats, key=lambda label: nats[label]) if nats else None
 
 
 def uniform_maps(options: Options) -> dict[str, dict[str, str]]:
-    """One type for all tensors; where rows do not hold it the nearest in bits, the larger first."""
-    made = {}
-    for kind in sorted({kind for row in options.types for kind in row}):
-        bits = lookup(kind).bits_per_weight
-        made[kind] = {
-            name: kind if kind in row else min(row, key=lambda t: _distance(t, bits))
-            for name, row in zip(options.names, options.types, strict=True)
+    """One type for all tensors; where rows do not hold it the nearest in bits."""
+    return {
+        name: {
+            tensor: name if name in row else nearest(row, lookup(name).bits_per_weight)
+            for tensor, row in zip(options.names, options.types, strict=True)
         }
-    return made
-
-
-def _distance(type_name: str, bits: float) -> tuple[float, float]:
-    own = lookup(type_name).bits_per_weight
-    return abs(own - bits), -own
+        for name in sorted({t for row in options.types for t in row})
+    }

@@ -7,27 +7,24 @@ timings taken in turn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apreqel import artifacts, llama
-from apreqel.artifacts import Provenance
-from apreqel.device.timing import time_file
+from apreqel.artifacts import Provenance, Record
+from apreqel.device.real_runs import time_file
 from apreqel.errors import UnsupportedModelError, VerificationError
-from apreqel.evaluate.real_files import on_text
+from apreqel.estimates import Estimate
+from apreqel.evaluate.text_run import on_text
+from apreqel.llama.engine import LoadedModel
+from apreqel.llama.library import build_info
 from apreqel.model.inventory import Inventory, read_inventory
-from apreqel.sensitivity import calibration
-from apreqel.sensitivity.calibration import Text
-from apreqel.sensitivity.metrics import Comparison, Estimate, estimate, ratio_interval
-
-if TYPE_CHECKING:
-    from apreqel.model.imatrix import Imatrix
-
-Progress = Callable[[str, int, int], None]
+from apreqel.sensitivity.calibration import Text, TokenSet, bundled_texts, verification_set
+from apreqel.sensitivity.measurement import SENSITIVITY_FILE, Sensitivity
+from apreqel.sensitivity.metrics import Comparison, estimate, ratio_interval
+from apreqel.workspace import Workspace
 
 VERIFICATION_FILE = "verification.json"
 
@@ -44,7 +41,7 @@ class VerifySettings:
 
 
 @dataclass(frozen=True)
-class Speed:
+class MeasuredSpeed:
     """Tokens/s with the standard deviation over `repetitions` runs."""
 
     prefill: float
@@ -68,7 +65,7 @@ class Measured:
     perplexity: float
     perplexity_interval: tuple[float, float]
     top1: Estimate
-    speed: Speed | None = None
+    speed: MeasuredSpeed | None = None
 
 
 @dataclass(frozen=True)
@@ -106,37 +103,17 @@ class Versus:
 
 
 @dataclass(frozen=True)
-class VerificationReport:
-    provenance: Provenance
+class VerificationReport(Record):
+    """`files` are the original first, then ours, then rivals."""
+
+    KIND = "verification"
+    ADVICE = "verify again"
+
     text: str
     n_scored: int
-    files: Sequence[Measured]  # the original first, then ours, then rivals
+    files: Sequence[Measured]
     versus: Sequence[Versus]
-    predicted_kld_nats: float | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
-
-    def save(self, path: Path) -> None:
-        data = {k: v for k, v in asdict(self).items() if k != "provenance"}
-        artifacts.save(path, "verification", self.provenance, data)
-
-    @classmethod
-    def load(cls, path: Path) -> VerificationReport:
-        """Raises ArtifactError."""
-        provenance, data = artifacts.load(path, "verification")
-        with artifacts.understood(f"{path}: report", "verify again"):
-            data["files"] = [_loaded(row) for row in data["files"]]
-            data["versus"] = [
-                Versus(**{**row, "kld_ratio_interval": tuple(row["kld_ratio_interval"])})
-                for row in data["versus"]
-            ]
-            return cls(provenance, **data)
-
-
-def _loaded(row: dict[str, Any]) -> Measured:
-    row["kld"], row["top1"] = Estimate(**row["kld"]), Estimate(**row["top1"])
-    row["perplexity_interval"] = tuple(row["perplexity_interval"])
-    row["speed"] = Speed(**row["speed"]) if row["speed"] else None
-    return Measured(**row)
+    predicted_nats: float | None = None
 
 
 def check_types(path: Path, types: Mapping[str, str]) -> None:
@@ -150,68 +127,74 @@ def check_types(path: Path, types: Mapping[str, str]) -> None:
             )
 
 
+def provenance_of(space: Workspace, settings: VerifySettings, text: Text) -> Provenance:
+    """Of a verification with these settings on this text."""
+    facts = asdict(settings) | {"text_sha256": text.sha256}
+    return Provenance(space.sha256, build_info(), settings=facts)
+
+
 def verify(
-    original: Inventory,
-    model_sha256: str,
+    space: Workspace,
     files: Mapping[str, Path],
     *,
     text: Text,
-    calibration_sha256: Collection[str],
     settings: VerifySettings,
-    n_threads: int,
-    folder: Path,
-    predicted_kld_nats: float | None = None,
-    on_progress: Progress = lambda what, done, total: None,
+    predicted_nats: float | None = None,
 ) -> VerificationReport:
-    """Measure `files` (label -> path, ours first) against `original`.
+    """Measure `files` (label -> path, ours first) against the original.
 
     Raises UnsupportedModelError where `text` was used for calibration, CalibrationError where it
     is too short, EngineError where a file does not load or gives NaN.
     """
-    if text.sha256 in calibration_sha256:
+    if text.sha256 in _calibration_texts(space):
         raise UnsupportedModelError(
             f"{text.name}: was used for calibration; verify on another text"
         )
-    labels = ["original", *files]
-    paths = [original.files[0], *files.values()]
-    inventories = [original, *(read_inventory(p) for p in files.values())]
+    paths = {"original": space.model, **files}
+    inventories = [space.inventory, *(read_inventory(p) for p in files.values())]
     comparisons: list[Comparison] = []
-    with on_text(
-        paths[0],
-        lambda model: calibration.verification_set(model, text, settings.n_ctx, settings.n_scored),
-        settings.n_ctx,
-        folder,
-        n_threads,
-        on_progress,
-    ) as text_run:
+
+    def cut(model: LoadedModel) -> TokenSet:
+        return verification_set(model, text, settings.n_ctx, settings.n_scored)
+
+    with on_text(space, cut, settings.n_ctx) as text_run:
         tokens = text_run.tokens
-        for i, (label, path) in enumerate(zip(labels, paths, strict=True)):
-            on_progress(f"evaluating {label}", i, len(labels))
+        for i, (label, path) in enumerate(paths.items()):
+            space.progress(f"evaluating {label}", i, len(paths))
             comparisons.append(text_run.compare(path))
-    on_progress("evaluating", len(labels), len(labels))
-    speeds: list[Speed | None] = [None] * len(paths)
+    space.progress("evaluating", len(paths), len(paths))
+    speeds: list[MeasuredSpeed | None] = [None] * len(paths)
     if settings.with_speed:
-        speeds = list(_speeds(paths, settings, n_threads, on_progress))
+        speeds = list(_speeds(space, list(paths.values()), settings))
     measured = [
-        _measured(label, inventory, comparison, tokens.n_chunks, speed)
-        for label, inventory, comparison, speed in zip(
-            labels, inventories, comparisons, speeds, strict=True
-        )
+        _measured(*row, tokens.n_chunks)
+        for row in zip(paths, inventories, comparisons, speeds, strict=True)
     ]
     versus = [
         _versus(measured[1], comparisons[1], rival, comparison, tokens.n_chunks)
         for rival, comparison in zip(measured[2:], comparisons[2:], strict=True)
     ]
-    provenance = Provenance(
-        model_sha256, llama.build_info(), settings=asdict(settings) | {"text_sha256": text.sha256}
-    )
+    provenance = provenance_of(space, settings, text)
     return VerificationReport(
-        provenance, text.name, tokens.n_scored, measured, versus, predicted_kld_nats
+        provenance, text.name, tokens.n_scored, measured, versus, predicted_nats
     )
+
+
+def _calibration_texts(space: Workspace) -> set[str]:
+    """Of texts that calibration may have seen."""
+    used, path = {t.sha256 for t in bundled_texts()}, space.folder / SENSITIVITY_FILE
+    if path.exists():
+        found = Sensitivity.load(path, space.sha256)
+        used |= set(found.provenance.settings["texts"].values())
+    return used
 
 
 def _measured(
-    label: str, inventory: Inventory, result: Comparison, n_chunks: int, speed: Speed | None
+    label: str,
+    inventory: Inventory,
+    result: Comparison,
+    speed: MeasuredSpeed | None,
+    n_chunks: int,
 ) -> Measured:
     nll = estimate(result.nll_nats, n_chunks)
     low, high = nll.interval
@@ -246,48 +229,24 @@ def _versus(
 
 
 def _speeds(
-    paths: Sequence[Path], settings: VerifySettings, n_threads: int, on_progress: Progress
-) -> Iterator[Speed]:
+    space: Workspace, paths: Sequence[Path], settings: VerifySettings
+) -> Iterator[MeasuredSpeed]:
     """Tokens/s of each file, the files taken in turn so that drift meets all alike."""
     prefill: list[list[float]] = [[] for _ in paths]
     decode: list[list[float]] = [[] for _ in paths]
     for repetition in range(settings.repetitions):
         for i, path in enumerate(paths):
-            on_progress("timing", repetition * len(paths) + i, settings.repetitions * len(paths))
-            run, _ = time_file(path, n_threads, settings.n_prompt)
+            done = repetition * len(paths) + i
+            space.progress("timing", done, settings.repetitions * len(paths))
+            run, _ = time_file(path, space.n_threads, settings.n_prompt)
             prefill[i].append(1 / run.prefill)
             decode[i].append(1 / run.decode)
-    on_progress("timing", 1, 1)
+    space.progress("timing", 1, 1)
     for p, d in zip(prefill, decode, strict=True):
-        yield Speed(
+        yield MeasuredSpeed(
             float(np.median(p)), _spread(p), float(np.median(d)), _spread(d), settings.repetitions
         )
 
 
 def _spread(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
-
-def build_preset(
-    original: Inventory, preset: str, imatrix: Imatrix, folder: Path, n_threads: int
-) -> Path:
-    """The stock preset's file, made by llama.cpp itself with the same imatrix; kept in `folder`."""
-    path = folder / f"stock-{preset.upper()}.gguf"
-    if path.exists():
-        return path
-    artifacts.require_space(folder, original.size_bytes, f"the stock {preset} file")
-    part = path.with_suffix(".part")
-    weights = {name: w for name in imatrix.entries if (w := imatrix.weights(name)) is not None}
-    try:
-        llama.stock_quantize(
-            original.files[0],
-            part,
-            preset,
-            imatrix=weights,
-            n_threads=n_threads,
-            allow_requantize=True,
-        )
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path

@@ -37,7 +37,6 @@ MAX_DIMS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 63, 64 << 10
 MAX_KEY_BYTES = 64 << 10
 _MAX_ELEMENTS = 2**63 - 1
 
-STRING, ARRAY = 8, 9
 SCALARS: Mapping[int, struct.Struct] = {
     0: struct.Struct("<B"),
     1: struct.Struct("<b"),
@@ -51,7 +50,8 @@ SCALARS: Mapping[int, struct.Struct] = {
     11: struct.Struct("<q"),
     12: struct.Struct("<d"),
 }
-UINT32 = 4
+# Codes of value types that are written here.
+UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BLOCK_BYTES = 1 << 20
@@ -162,17 +162,17 @@ class _Reader:
                 self.fail(f"{what}: the file was cut short while it was read")
             self._seen += block
 
-    def u32(self, what: str) -> int:
-        self.need(4, what)
-        value = int(_U32.unpack_from(self._seen, self.at)[0])
-        self.at += 4
+    def number(self, kind: struct.Struct, what: str) -> int:
+        self.need(kind.size, what)
+        value = int(kind.unpack_from(self._seen, self.at)[0])
+        self.at += kind.size
         return value
 
+    def u32(self, what: str) -> int:
+        return self.number(_U32, what)
+
     def u64(self, what: str) -> int:
-        self.need(8, what)
-        value = int(_U64.unpack_from(self._seen, self.at)[0])
-        self.at += 8
-        return value
+        return self.number(_U64, what)
 
     def string(self, what: str, at_most: int) -> str:
         length = self.u64(f"{what} length")
@@ -213,15 +213,8 @@ class _Reader:
                 self.fail(f"tensor '{printable(record.name)}' appears twice; damaged header")
             records[record.name] = record
         data_start = -(-self.at // alignment) * alignment
-        header = GgufHeader(
-            self.path,
-            version,
-            metadata,
-            tuple(records.values()),
-            alignment,
-            data_start,
-            self.file_size,
-        )
+        tensors, size = tuple(records.values()), self.file_size
+        header = GgufHeader(self.path, version, metadata, tensors, alignment, data_start, size)
         self._check_extents(header)
         return header
 

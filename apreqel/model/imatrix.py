@@ -16,7 +16,15 @@ import numpy.typing as npt
 
 from apreqel.artifacts import write_atomically
 from apreqel.errors import CalibrationError, printable
-from apreqel.model.gguf_header import TensorRecord, encode_header, encode_kv, read_header
+from apreqel.model.gguf_header import (
+    ARRAY,
+    STRING,
+    UINT32,
+    TensorRecord,
+    encode_header,
+    encode_kv,
+    read_header,
+)
 
 if TYPE_CHECKING:
     from apreqel.model.inventory import Inventory
@@ -24,7 +32,6 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_STRING, _ARRAY, _UINT32 = 8, 9, 4  # GGUF value types
 _F32 = 0
 _ALIGNMENT = 32
 
@@ -67,9 +74,9 @@ class Imatrix:
     @cached_property
     def coverage(self) -> Coverage:
         zero = sum(int((e.sums[e.counts > 0] == 0).sum()) for e in self.entries.values())
-        unseen = sum(int((e.counts == 0).sum()) for e in self.entries.values())
-        experts = sum(e.counts.size for e in self.entries.values() if e.counts.size > 1)
-        return Coverage(len(self.entries), zero, unseen, experts)
+        experts = [e.counts for e in self.entries.values() if e.counts.size > 1]
+        unseen = sum(int((counts == 0).sum()) for counts in experts)
+        return Coverage(len(self.entries), zero, unseen, sum(counts.size for counts in experts))
 
 
 @dataclass(frozen=True)
@@ -88,10 +95,10 @@ class Coverage:
 def write_imatrix(path: Path, imatrix: Imatrix) -> None:
     """Write the GGUF that llama-quantize --imatrix reads. Raises OutputError."""
     metadata = [
-        encode_kv("general.type", _STRING, "imatrix"),
-        encode_kv("imatrix.datasets", _ARRAY, list(imatrix.datasets)),
-        encode_kv("imatrix.chunk_count", _UINT32, imatrix.n_chunks),
-        encode_kv("imatrix.chunk_size", _UINT32, imatrix.chunk_size),
+        encode_kv("general.type", STRING, "imatrix"),
+        encode_kv("imatrix.datasets", ARRAY, list(imatrix.datasets)),
+        encode_kv("imatrix.chunk_count", UINT32, imatrix.n_chunks),
+        encode_kv("imatrix.chunk_size", UINT32, imatrix.chunk_size),
     ]
     records, blocks, offset = [], [], 0
     for name, entry in sorted(imatrix.entries.items()):

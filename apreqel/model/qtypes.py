@@ -6,7 +6,7 @@ treats activations comes from llama.cpp (`ggml.c`, `llama-quant.cpp`, `ggml-cpu.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -100,3 +100,14 @@ def lookup(name: str) -> QuantType:
         known = ", ".join(q.name for q in registry().values() if q.for_weights)
         raise UsageError(f"quant type '{printable(name)}' is unknown; there are {known}")
     return found
+
+
+def nearest(names: Iterable[str], bits_per_weight: float) -> str:
+    """Of these types the nearest in bits; of equally near ones the larger, then the older."""
+
+    def distance(name: str) -> tuple[float, float, int]:
+        qtype = registry()[name]
+        own = qtype.bits_per_weight
+        return abs(own - bits_per_weight), -own, qtype.ggml_id
+
+    return min(names, key=distance)

@@ -9,17 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from apreqel.errors import UsageError, printable
-
-if TYPE_CHECKING:
-    from apreqel.model.inventory import Inventory
-    from apreqel.plan.options import Doubles
-    from apreqel.plan.planner import Solved
-    from apreqel.sensitivity.measure import Sensitivity
+from apreqel.model.inventory import Inventory
+from apreqel.plan.options import Doubles
+from apreqel.plan.solve import Solved
+from apreqel.sensitivity.damage import Damage
+from apreqel.solver.knapsack import priced
 
 
 @dataclass(frozen=True)
@@ -29,7 +25,7 @@ class OptionPrice:
     type_name: str
     is_chosen: bool
     size_bytes: int
-    kld_nats: float
+    damage_nats: float
     interval: tuple[float, float]  # of the damage, 95%
     is_probed: bool  # the damage was measured itself, not predicted
     decode_seconds: float | None
@@ -38,7 +34,7 @@ class OptionPrice:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class NextType:
     """Where a tensor would change: to which type, and by which factor of the limit's price."""
 
     tensor: str
@@ -55,44 +51,45 @@ class RoleShare:
     role: str
     n_tensors: int
     size_bytes: int
-    kld_nats: float
+    damage_nats: float
     types: Sequence[str]
 
 
-def explain_tensor(solved: Solved, sensitivity: Sensitivity, name: str) -> list[OptionPrice]:
+def explain_tensor(solved: Solved, name: str) -> list[OptionPrice]:
     """Every type that the tensor could have, smallest first. Raises UsageError."""
-    if name not in solved.options.names:
-        like = [n for n in solved.options.names if name in n][:5]
+    options, timings = solved.options, solved.options.timings
+    if name not in options.names:
+        like = [n for n in options.names if name in n][:5]
         hint = f"; did you mean {', '.join(like)}?" if like else ""
         raise UsageError(f"tensor {printable(name)}: is not in the plan{hint}")
-    i = list(solved.options.names).index(name)
-    regrets, timings = _regrets(solved, i), solved.options.timings
-    known = sensitivity.model.table(name) if name in sensitivity.tensors else {}
-    rows = [
-        OptionPrice(
-            kind,
+    i = list(options.names).index(name)
+    regrets = _regrets(solved, i)
+    known = options.damage.table(name) if name in options.damage.tensors else {}
+    rows = []
+    for j, type_name in enumerate(options.types[i]):
+        nats = float(options.damages[i][j])
+        # Its own type, or a cache's, is sure.
+        damage = known.get(type_name, Damage(nats, 0.0, True))
+        row = OptionPrice(
+            type_name,
             j == solved.solution.choice[i],
-            int(solved.options.sizes[i][j]),
-            float(solved.options.damages[i][j]),
-            *(
-                (known[kind].interval, known[kind].is_probed)
-                if kind in known
-                else ((float(solved.options.damages[i][j]),) * 2, True)  # its own type, or a cache
-            ),
+            int(options.sizes[i][j]),
+            nats,
+            damage.interval,
+            damage.is_probed,
             float(timings.decode[i][j]) if timings else None,
             float(timings.prefill[i][j]) if timings else None,
             float(regrets[j]),
         )
-        for j, kind in enumerate(solved.options.types[i])
-    ]
+        rows.append(row)
     return sorted(rows, key=lambda row: (row.size_bytes, row.type_name))
 
 
-def nearest_exchange(solved: Solved, i: int) -> Exchange | None:
+def next_type(solved: Solved, i: int) -> NextType | None:
     """The type that a tensor would take next as limits change; None where it has no other."""
-    kinds, chosen = solved.options.types[i], solved.solution.choice[i]
+    types, chosen = solved.options.types[i], solved.solution.choice[i]
     regrets = _regrets(solved, i)
-    others = [j for j in range(len(kinds)) if j != chosen]
+    others = [j for j in range(len(types)) if j != chosen]
     if not others:
         return None
     best = min(others, key=lambda j: regrets[j])
@@ -110,14 +107,14 @@ def nearest_exchange(solved: Solved, i: int) -> Exchange | None:
         gap = float(regrets[best] - regrets[chosen])
         if step:
             factor = max(0.0, (price - gap / step) / price)
-    return Exchange(
-        solved.options.names[i], kinds[chosen], kinds[best], float(regrets[best]), factor
+    return NextType(
+        solved.options.names[i], types[chosen], types[best], float(regrets[best]), factor
     )
 
 
-def nearest_exchanges(solved: Solved, count: int) -> list[Exchange]:
+def closest_choices(solved: Solved, count: int) -> list[NextType]:
     """The tensors whose choice was closest."""
-    found = [nearest_exchange(solved, i) for i in range(len(solved.options.names))]
+    found = [next_type(solved, i) for i in range(len(solved.options.names))]
     return sorted((e for e in found if e), key=lambda e: e.regret)[:count]
 
 
@@ -137,21 +134,15 @@ def shares_by_role(solved: Solved, inventory: Inventory) -> list[RoleShare]:
             len(found),
             sum(size for _, size, _ in found),
             sum(damage for *_, damage in found),
-            sorted({kind for kind, *_ in found}),
+            sorted({type_name for type_name, *_ in found}),
         )
         for role, found in rows.items()
     ]
-    return sorted(shares, key=lambda share: -share.kld_nats)
+    return sorted(shares, key=lambda share: -share.damage_nats)
 
 
 def _regrets(solved: Solved, i: int) -> Doubles:
     """Objective + prices x costs of a tensor's options, above the least of them."""
-    total = solved.costs[i] + sum(
-        (
-            price * limit.costs[i]
-            for limit, price in zip(solved.limits, solved.solution.prices, strict=True)
-        ),
-        start=np.zeros(len(solved.costs[i])),
-    )
-    regrets: Doubles = total - total.min()
+    cost = priced(i, solved.costs, solved.limits, solved.solution)
+    regrets: Doubles = cost - cost.min()
     return regrets

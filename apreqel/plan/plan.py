@@ -6,28 +6,22 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from apreqel import __version__, artifacts
-from apreqel.artifacts import Provenance
+from apreqel import __version__
+from apreqel.artifacts import Record
 from apreqel.device.memory import MemoryUse
-from apreqel.device.profile import Range, Speed
-from apreqel.model.gguf_header import encode_kv
-from apreqel.sensitivity.damage import Exchange
+from apreqel.device.profile import Speed
+from apreqel.estimates import Estimate
+from apreqel.model.gguf_header import STRING, UINT32, encode_kv
+from apreqel.model.imatrix import Imatrix
+from apreqel.sensitivity.damage import Swap
 from apreqel.sensitivity.experts import ExpertUse
 from apreqel.sensitivity.gptq import VERSION
 from apreqel.sensitivity.kv_cache import USUAL
-from apreqel.sensitivity.metrics import Estimate
-
-if TYPE_CHECKING:
-    from apreqel.model.imatrix import Imatrix
 
 PLAN_FILE = "plan.json"
-
-_STRING, _UINT32 = 8, 4  # GGUF value types
 
 
 @dataclass(frozen=True)
@@ -42,7 +36,7 @@ class Binding:
 
 
 @dataclass(frozen=True)
-class TrialResult:
+class FileResult:
     """A real file that was measured beside the plan; `ratio` is the plan's KLD over this file's."""
 
     label: str
@@ -50,29 +44,33 @@ class TrialResult:
     kld: Estimate
     kld_p999: float
     ratio: float
-    ratio_interval: tuple[float, ...]
+    ratio_interval: tuple[float, float]
     is_taken: bool
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Record):
     """A type for every tensor of the model, and what it should give."""
 
-    provenance: Provenance
+    KIND = "plan"
+    ADVICE = "plan again"
+
     types: Mapping[str, str]
     prefer: str
     limits: Mapping[str, float]
     size_bytes: int
     bits_per_weight: float
-    kld_nats: float  # of a real file, the KV cache's part included
-    kld_interval: tuple[float, ...]  # 95%
-    beside_nats: float  # its part that is not the weights': the KV cache's and the experts'
+    damage_nats: float  # predicted, of a real file, the KV cache's and the experts' part included
+    damage_interval: tuple[float, float]  # 95%
+    cache_and_experts_nats: float  # its part that is not the weights'
     gap: float
     solver_seconds: float
     imatrix_sha256: str
     metadata: Mapping[str, str | int]
     model_files: Sequence[str]
     workdir: str  # where the imatrix is
+    sensitivity_digest: str  # what it was chosen from: probes,
+    measured_files: Sequence[str]  # and files, by their keys
     binding: Sequence[Binding] = ()
     device: str = ""  # the profile planned with
     speed: Speed | None = None
@@ -81,13 +79,13 @@ class Plan:
     n_threads: int | None = None
     experts: ExpertUse | None = None  # where they are not the model's own count
     speed_with_own_experts: Speed | None = None
-    notes: Sequence[str] = field(default_factory=tuple)
-    trials: Sequence[TrialResult] = ()  # this plan and its rivals as real files
-    ease: float = 1.0  # of a limit on damage, see `solve_request`
+    notes: Sequence[str] = ()
+    files: Sequence[FileResult] = ()  # this plan and its rivals as real files
+    limit_factor: float = 1.0  # of a limit on damage, see `solve_request`
     metric: str = "kld"  # what the damage that was made small is
     beyond_limit: bool = False  # whether the real file passes a limit on damage
-    exchanges: Sequence[Exchange] = ()  # what was probed around it
-    feedback: bool = False  # whether weights are moved against rounding when they are written
+    swaps: Sequence[Swap] = ()  # what was probed around it
+    gptq: bool = False  # whether weights are compensated for rounding when they are written
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -109,30 +107,6 @@ class Plan:
         """The GGUF records that the quantised file gets beside the source's own."""
         return encode_metadata(self.metadata)
 
-    def save(self, path: Path) -> None:
-        data = {k: v for k, v in asdict(self).items() if k != "provenance"}
-        artifacts.save(path, "plan", self.provenance, data)
-
-    @classmethod
-    def load(cls, path: Path, model_sha256: str | None = None) -> Plan:
-        """Raises ArtifactError."""
-        provenance, data = artifacts.load(path, "plan", model_sha256)
-        with artifacts.understood(f"{path}: plan", "plan again"):
-            for name in ("speed", "speed_with_own_experts"):
-                if data.get(name):
-                    data[name] = Speed(**{k: Range(**v) for k, v in data[name].items()})
-            if data.get("experts"):
-                data["experts"] = ExpertUse.from_json(data["experts"])
-            if data["memory"]:
-                data["memory"] = MemoryUse(**data["memory"])
-            data["binding"] = [Binding(**row) for row in data["binding"]]
-            data["exchanges"] = [Exchange(**row) for row in data["exchanges"]]
-            data["kld_interval"] = tuple(data["kld_interval"])
-            data["trials"] = [
-                TrialResult(**{**row, "kld": Estimate(**row["kld"])}) for row in data["trials"]
-            ]
-            return cls(provenance, **data)
-
 
 def output_metadata(imatrix: Imatrix) -> dict[str, str | int]:
     """Where the file comes from: llama-quantize's own keys, and apreqel's."""
@@ -152,7 +126,7 @@ def output_records(imatrix: Imatrix) -> list[bytes]:
 
 def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
     return [
-        encode_kv(key, _STRING if isinstance(value, str) else _UINT32, value)
+        encode_kv(key, STRING if isinstance(value, str) else UINT32, value)
         for key, value in metadata.items()
     ]
 
@@ -161,11 +135,11 @@ def map_digest(
     types: Mapping[str, str],
     imatrix_sha256: str,
     experts_used: int | None = None,
-    feedback: bool = False,
+    gptq: bool = False,
 ) -> str:
     """SHA-256 over what determines the tensor data of the quantised file, and how it runs."""
     rest: list[int | str] = [] if experts_used is None else [experts_used]
-    if feedback:
-        rest.append(f"feedback {VERSION}")
+    if gptq:
+        rest.append(f"gptq {VERSION}")
     text = json.dumps([sorted(types.items()), imatrix_sha256, *rest])
     return hashlib.sha256(text.encode()).hexdigest()

@@ -6,18 +6,20 @@ import glob
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from apreqel import artifacts, llama
+from apreqel import artifacts
 from apreqel.device.machine import detect
 from apreqel.errors import UsageError
+from apreqel.llama.stock import stock_presets, stock_types
+from apreqel.model.inventory import Inventory
 from apreqel.model.recipes import read_recipe, types_of_file
-from apreqel.plan.options import Constraints
-
-if TYPE_CHECKING:
-    from apreqel.model.inventory import Inventory
+from apreqel.plan.constraints import Constraints, parse_constraints
+from apreqel.plan.wishes import Wishes
+from apreqel.sensitivity.experts import require_count
+from apreqel.sensitivity.measurement import METRICS
 
 PRIORITIES = ("memory", "latency", "accuracy", "balanced")
 
@@ -39,7 +41,7 @@ class PlanRequest:
     weights: Mapping[str, float] = field(default_factory=dict)  # of memory, latency, accuracy
     max_type_changes: int | None = None  # against stock Q4_K_M
     experts_used: int | None = None  # a token, instead of the model's own count
-    feedback: bool = False  # move weights against rounding when they are written
+    gptq: bool = False  # compensate weights for rounding when they are written
     constraints: Constraints = field(default_factory=Constraints)
 
     @property
@@ -55,7 +57,7 @@ class PlanRequest:
         return self.prefer != "balanced" and not self.weights
 
     @property
-    def depth(self) -> int:
+    def decode_context(self) -> int:
         """Tokens of context that decode is reckoned at: half of the answer is written."""
         n_prompt, n_generated = self.workload
         return n_prompt + n_generated // 2
@@ -64,13 +66,67 @@ class PlanRequest:
 def request_from(settings: Mapping[str, Any]) -> PlanRequest:
     """A request as a plan recorded it. Raises ArtifactError."""
     with artifacts.understood("the plan's request", "plan again"):
-        data = dict(settings)
-        data["constraints"] = Constraints(**data["constraints"])
-        data["workload"] = tuple(data["workload"])
-        return PlanRequest(**data)
+        request: PlanRequest = artifacts.from_json(PlanRequest, dict(settings), "request")
+        return request
 
 
 # --- what people write ---------------------------------------------------------------------------
+
+
+def require_compatible(wishes: Wishes) -> None:
+    """Raise UsageError for wishes that contradict each other, before any work."""
+    metric = wishes.metric
+    if metric not in METRICS:
+        raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
+    if metric != "kld" and wishes.max_kld is not None:
+        raise UsageError("--max-kld limits KL divergence; with --metric perplexity leave it out")
+    many = wishes.front or wishes.ladder
+    if wishes.refine and (wishes.unchecked or many or metric != "kld"):
+        raise UsageError(
+            "--refine compares real files of one plan by KL divergence: not with --unchecked, "
+            "--front, --ladder or --metric perplexity"
+        )
+    if wishes.refine and (wishes.weights or wishes.prefer == "balanced"):
+        raise UsageError(
+            "--refine compares plans by size, speed or closeness: not with --prefer balanced or "
+            "--weights"
+        )
+
+
+def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
+    """What the wishes mean for this model. Raises UsageError, UnsupportedModelError."""
+    if wishes.prefer not in PRIORITIES:
+        raise UsageError(f"--prefer {wishes.prefer!r}: choose one of {', '.join(PRIORITIES)}")
+    if wishes.experts is not None:
+        require_count(inventory, wishes.experts)
+    constraints = parse_constraints(wishes.pin or [], wishes.only_types, wishes.exclude_types)
+    copied = copied_pins(inventory, wishes.like, wishes.recipe)
+    size = size_from(wishes.max_size, inventory) if wishes.max_size else None
+    if copied and size is None:
+        size = any_size(inventory)
+    klds = [] if wishes.max_kld is None else [wishes.max_kld]
+    if wishes.max_degradation:
+        klds.append(parse_degradation(wishes.max_degradation))
+    rams = [parse_size(wishes.max_ram, "--max-ram")] if wishes.max_ram else []
+    if wishes.fit:
+        rams.append(free_memory())
+    return PlanRequest(
+        wishes.prefer,
+        max_size_bytes=size,
+        target_bpw=wishes.target_bpw,
+        max_kld_nats=min(klds, default=None),
+        max_ram_bytes=min(rams, default=None),
+        n_ctx=parse_context(wishes.ctx),
+        longest_context=wishes.ctx == "max",
+        min_decode_tps=wishes.min_decode,
+        min_prefill_tps=wishes.min_prefill,
+        workload=parse_workload(wishes.workload),
+        weights=parse_weights(wishes.weights) if wishes.weights else {},
+        max_type_changes=wishes.max_type_changes,
+        experts_used=wishes.experts,
+        gptq=wishes.feedback,
+        constraints=replace(constraints, pins=[*copied, *constraints.pins]),
+    )
 
 
 def parse_size(text: str, option: str = "--max-size") -> int:
@@ -111,7 +167,7 @@ def copied_pins(
         types |= types_of_file(like, inventory)
     if recipe is not None:
         types |= read_recipe(recipe, inventory)
-    return [(glob.escape(name), kind) for name, kind in types.items()]
+    return [(glob.escape(name), type_name) for name, type_name in types.items()]
 
 
 def any_size(inventory: Inventory) -> int:
@@ -153,7 +209,7 @@ def parse_degradation(text: str) -> float:
 
 def require_presets(names: Sequence[str]) -> None:
     """Raise UsageError where --against names no preset of llama.cpp."""
-    known = llama.stock_presets()
+    known = stock_presets()
     for name in names:
         if name.upper() not in known:
             raise UsageError(
@@ -163,7 +219,7 @@ def require_presets(names: Sequence[str]) -> None:
 
 def size_from(text: str, inventory: Inventory) -> int:
     """--max-size: bytes, or the exact size of a stock preset of this model. Raises UsageError."""
-    if text.upper() not in llama.stock_presets():
+    if text.upper() not in stock_presets():
         return parse_size(text)
     names = [t.name for t in inventory.quantizable]
-    return inventory.output_size(llama.stock_types(inventory.files[0], text, has_imatrix_for=names))
+    return inventory.output_size(stock_types(inventory.files[0], text, has_imatrix_for=names))

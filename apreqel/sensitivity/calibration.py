@@ -21,7 +21,7 @@ import numpy.typing as npt
 from apreqel.errors import CalibrationError
 
 if TYPE_CHECKING:
-    from apreqel.llama import LoadedModel
+    from apreqel.llama.engine import LoadedModel
 
 Tokens = npt.NDArray[np.int32]
 

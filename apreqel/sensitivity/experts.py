@@ -8,23 +8,31 @@ routers were trained for one count, so that damage grows fast below it, and need
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
 
-from apreqel import artifacts, llama
-from apreqel.artifacts import Provenance
+from apreqel.artifacts import Provenance, Record
 from apreqel.errors import EngineError, UnsupportedModelError, UsageError
-from apreqel.sensitivity.kv_cache import PROBE_CHUNKS, PROBE_CTX, probe_tokens
-from apreqel.sensitivity.metrics import Comparison, Estimate, Reference, compare, estimate
-
-if TYPE_CHECKING:
-    from apreqel.model.inventory import Inventory
-    from apreqel.sensitivity.calibration import Text
+from apreqel.estimates import Estimate
+from apreqel.llama.engine import LoadedModel
+from apreqel.llama.library import build_info
+from apreqel.model.inventory import Inventory
+from apreqel.sensitivity.calibration import Text
+from apreqel.sensitivity.kv_cache import probe_tokens, settings_of
+from apreqel.sensitivity.metrics import Comparison, Reference, compare, estimate
+from apreqel.workspace import Workspace
 
 EXPERTS_FILE = "experts.json"
+
+
+@dataclass(frozen=True)
+class ExpertCounts(Record):
+    """KL divergence in nats by number of active experts (as text, for JSON)."""
+
+    KIND = "experts"
+
+    kld_by_count: Mapping[str, Estimate] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,6 @@ class ExpertUse:
     def damage_nats(self) -> float:
         """Never negative, as the damage of tensors."""
         return max(0.0, self.kld.mean)
-
-    @staticmethod
-    def from_json(row: dict[str, Any]) -> ExpertUse:
-        """Raises KeyError, TypeError where `row` is damaged."""
-        return ExpertUse(**{**row, "kld": Estimate(**row["kld"])})
 
 
 def require_count(inventory: Inventory, count: int) -> None:
@@ -68,81 +71,48 @@ def with_experts(inventory: Inventory, experts: ExpertUse | None) -> Inventory:
     return replace(inventory, experts_used=experts.used) if experts else inventory
 
 
-def measure_experts(
-    inventory: Inventory,
-    model_sha256: str,
-    folder: Path,
-    used: int,
-    *,
-    texts: Sequence[Text],
-    n_threads: int,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> ExpertUse:
-    """The damage of `used` active experts: as kept in `folder`, or measured and kept there.
+def expert_use(space: Workspace, used: int, texts: Sequence[Text]) -> ExpertUse:
+    """The damage of `used` active experts: as kept in the work folder, or measured and kept there.
 
-    Every count that was measured in the same way stays in `experts.json`. Raises UsageError,
-    UnsupportedModelError, CalibrationError, EngineError, ArtifactError, OutputError.
+    Every count that was measured in the same way stays. Raises UsageError, UnsupportedModelError,
+    CalibrationError, EngineError, ArtifactError, OutputError.
     """
+    inventory, path = space.inventory, space.folder / EXPERTS_FILE
     require_count(inventory, used)
-    path = folder / EXPERTS_FILE
-    provenance = Provenance(
-        model_sha256,
-        llama.build_info(),
-        settings={
-            "n_ctx": PROBE_CTX,
-            "chunks": PROBE_CHUNKS,
-            "texts": {t.name: t.sha256 for t in texts},
-        },
-    )
-    known = _known(path, provenance)
-    if used not in known:
-        known[used] = _probe(inventory, used, texts, n_threads, on_progress)
-        data = {"kld_by_count": {str(n): asdict(known[n]) for n in sorted(known)}}
-        artifacts.save(path, "experts", provenance, data)
-    return ExpertUse(used, inventory.n_experts_used, inventory.n_experts, known[used])
+    provenance = Provenance(space.sha256, build_info(), settings=settings_of(texts))
+    known = ExpertCounts.load_same(path, provenance) or ExpertCounts(provenance)
+    if str(used) not in known.kld_by_count:
+        measured = {**known.kld_by_count, str(used): _probe(space, used, texts)}
+        known = replace(known, kld_by_count=measured)
+        known.save(path)
+    kld = known.kld_by_count[str(used)]
+    return ExpertUse(used, inventory.n_experts_used, inventory.n_experts, kld)
 
 
-def _known(path: Path, provenance: Provenance) -> dict[int, Estimate]:
-    """What was measured in the same way before, by count. Raises ArtifactError."""
-    if not path.exists():
-        return {}
-    found, data = artifacts.load(path, "experts", provenance.model_sha256)
-    if (found.settings, found.llama_build) != (provenance.settings, provenance.llama_build):
-        return {}
-    with artifacts.understood(f"{path}"):
-        return {int(count): Estimate(**row) for count, row in data["kld_by_count"].items()}
-
-
-def _probe(
-    inventory: Inventory,
-    used: int,
-    texts: Sequence[Text],
-    n_threads: int,
-    on_progress: Callable[[str, int, int], None],
-) -> Estimate:
+def _probe(space: Workspace, used: int, texts: Sequence[Text]) -> Estimate:
     """KL divergence of `used` active experts from the model's own count, chunk by chunk."""
-    what, path = f"probing {used} active experts", inventory.files[0]
-    overrides = {inventory.experts_used_key: used}
+    what, path = f"probing {used} active experts", space.model
+    overrides = {space.inventory.experts_used_key: used}
     with (
         # Both from one map of the file (nothing repacked): two models in the memory of one.
-        llama.LoadedModel(path, patchable=True) as own,
-        llama.LoadedModel(path, patchable=True, overrides=overrides) as other,
-        ThreadPoolExecutor(n_threads) as pool,
+        LoadedModel(path, patchable=True) as own,
+        LoadedModel(path, patchable=True, overrides=overrides) as other,
+        ThreadPoolExecutor(space.n_threads) as pool,
     ):
         tokens = probe_tokens(own, texts)
         following = tokens.next_tokens
         parts = []
         with (
-            own.context(tokens.n_ctx, 1, n_threads) as reference,
-            other.context(tokens.n_ctx, 1, n_threads) as changed,
+            own.context(tokens.n_ctx, 1, space.n_threads) as reference,
+            other.context(tokens.n_ctx, 1, space.n_threads) as changed,
         ):
             for i in range(tokens.n_chunks):
-                on_progress(what, i, tokens.n_chunks)
+                space.progress(what, i, tokens.n_chunks)
                 chunk = tokens.part(slice(i, i + 1))
                 expected = reference.evaluate(chunk.tokens, chunk.positions)
                 found = changed.evaluate(chunk.tokens, chunk.positions)
                 parts.append(compare(found, Reference.of(expected, pool), following[i], pool))
-    on_progress(what, tokens.n_chunks, tokens.n_chunks)
+    space.progress(what, tokens.n_chunks, tokens.n_chunks)
     result = Comparison.joined(parts)
     if not result.is_finite:
         raise EngineError(f"{path}: gives NaN or Inf with {used} active experts")

@@ -1,40 +1,46 @@
-"""Error feedback: what rounding did to a tensor's columns is made good by the columns after them.
+"""GPTQ: what rounding did to a tensor's columns is compensated in the columns after them.
 
-GPTQ (Frantar et al. 2023, arXiv 2210.17323): rounding block b of a row changes its output by
+Frantar et al. 2023, arXiv 2210.17323: rounding block b of a row changes its output by
 (W_b - Q_b) X_b; the blocks that are still to be rounded are moved so that the output comes back as
-near as they can bring it. Here ggml's own quantisers round each block, so that the moved weights
-are written by the same C program and the file has the same types and bytes, and runs as fast.
+near as they can bring it. Here ggml's own quantisers round each block, so that the compensated
+weights are written by the same C program and the file has the same types and bytes, and runs as
+fast.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from apreqel import artifacts, llama
+from apreqel import artifacts
+from apreqel.artifacts import Record
 from apreqel.device.machine import detect
 from apreqel.errors import ArtifactError, EngineError
+from apreqel.llama.engine import LoadedModel
+from apreqel.llama.quants import fake_quantize
 from apreqel.model.inventory import Inventory, Tensor, read_inventory
 from apreqel.model.qtypes import QuantType, lookup
-from apreqel.sensitivity import bench as probing
+from apreqel.sensitivity.bench import (
+    context_for,
+    float_rows,
+    read_weights,
+    scratch_copy,
+    scratch_types,
+)
 from apreqel.sensitivity.calibration import fitting_set, probe_set
-from apreqel.sensitivity.measure import SENSITIVITY_FILE, measured_before, provenance_of
-
-if TYPE_CHECKING:
-    from apreqel.model.imatrix import Imatrix
-    from apreqel.sensitivity.measure import Sensitivity
+from apreqel.sensitivity.measurement import ProbedModel
+from apreqel.sensitivity.output_errors import is_slow, sample
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
-Progress = Callable[[str, int, int], None]
 
 # Added to all columns' second moments, as a part of their median: keeps weights of columns that are
 # hardly used from being moved far (GPTQ's percdamp; by the median, as single columns can be huge).
@@ -47,8 +53,8 @@ _COLUMNS_AT_ONCE = 256
 _ROWS_AT_ONCE = 256
 # Second moments of as many tensors as fit are collected in one pass over the text.
 _ROOM_BYTES = 2 << 30
-# What feedback gives is measured on so many rows and tokens: the ratio of errors on the same ones.
-_GAIN_ROWS, _GAIN_TOKENS = 64, 384
+# What it gives is measured on so many rows and tokens: the ratio of errors on the same ones.
+_RATIO_ROWS, _RATIO_TOKENS = 64, 384
 # ggml weighs these types' weights by the whole row's mean square (quantize_row_q4_0_impl and its
 # like in ggml-quants.c); a block that is quantised alone gets columns that bring it to that.
 _WEIGHED_BY_ROW = frozenset({"Q4_0", "Q4_1", "Q5_0", "Q5_1"})
@@ -57,162 +63,160 @@ _FILLER_BLOCKS = 3
 _SHARED = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
 
 
-class Feedback:
-    """The factors of a model's second moments, kept in `folder`, and weights moved by them."""
+@dataclass(frozen=True)
+class GptqRatios(Record):
+    """By tensor and type: the output error of compensated weights over that of weights as they are.
 
-    def __init__(
-        self,
-        inventory: Inventory,
-        imatrix: Imatrix,
-        state: Sensitivity,
-        folder: Path,
-        n_threads: int,
-        on_progress: Progress = lambda what, done, total: None,
-    ) -> None:
-        """Raises ArtifactError where the text was not kept that it needs."""
-        if not state.fitting_tokens:
-            raise ArtifactError(
-                f"{folder / SENSITIVITY_FILE}: written before error feedback; for --feedback run "
-                "apreqel probe in another --workdir"
-            )
-        self._inventory, self._imatrix, self._state = inventory, imatrix, state
-        self._folder = folder
-        self._n_threads, self._on_progress = n_threads, on_progress
-        self._text = fitting_set(state.fitting_tokens)
-        facts = f"{state.provenance.model_sha256} {_DAMPING} {VERSION}".encode()
-        facts += self._text.tokens.tobytes()
-        self._place = folder / f"feedback-{hashlib.sha256(facts).hexdigest()[:12]}"
-        self._marks = artifacts.file_marks(inventory.files)
+    None for a tensor that stays as it is: nothing reads it, or the second moments of its
+    activations cannot be inverted.
+    """
 
-    def gains(self) -> Mapping[str, Mapping[str, float]]:
-        """By tensor and type: the output error of moved weights over that of weights as they are.
+    KIND = "gptq-ratios"
 
-        On a sample of rows, and of text that nothing was fitted on. Kept in the folder. Raises
-        ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
+    ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+
+class Gptq:
+    """The factors of a model's second moments, kept in its folder, and what they compensate."""
+
+    def __init__(self, probed: ProbedModel) -> None:
+        self._probed, self._space, self._inventory = probed, probed.space, probed.inventory
+        self._text = fitting_set(probed.sensitivity.fitting_tokens)
+        facts = f"{self._space.sha256} {_DAMPING} {VERSION}".encode() + self._text.tokens.tobytes()
+        digest = hashlib.sha256(facts).hexdigest()[:12]
+        self._place = self._space.folder / f"gptq-{digest}"
+        self._source_files = artifacts.FileMarks(self._inventory.files)
+
+    # -- what it gives --
+
+    def ratios(self) -> GptqRatios:
+        """Measured on a sample of rows, and of text that nothing was fitted on; kept.
+
+        Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
-        path = self._place / "gains.json"
-        data = measured_before(path, "feedback-gains", self._state)
-        if data is None:
-            data = {"gains": self._measured_gains()}
-            artifacts.save(path, "feedback-gains", provenance_of(self._state), data)
-        with artifacts.understood(f"{path}"):
-            return {name: dict(row) for name, row in data["gains"].items()}
-
-    def _measured_gains(self) -> dict[str, dict[str, float]]:
-        kinds = {
-            tensor.name: moved
-            for tensor in self._inventory.quantizable
-            if (known := self._state.tensors.get(tensor.name))
-            and (moved := [lookup(t) for t in known.errors.weights if self._is_moved(tensor, t)])
-        }
-        if not kinds:
-            return {}
-        self._require_factors([self._inventory.by_name[name] for name in kinds])
-        found: dict[str, dict[str, float]] = {}
-        text = probe_set(self._state.probe_tokens)
-
-        def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
-            if name in kinds and name not in found:
-                self._on_progress("measuring what feedback gives", len(found), len(kinds))
-                x = values.reshape(-1, values.shape[-1])
-                found[name] = self._gains_of(self._inventory.by_name[name], kinds[name], x, pool)
-
-        with (
-            ThreadPoolExecutor(self._n_threads) as pool,
-            llama.LoadedModel(self._inventory.files[0], patchable=True) as model,
-        ):
-            wanted = min(text.n_chunks, _GAIN_TOKENS // text.n_ctx + 1)
-            n = probing.sequences_at_once(text.n_ctx, model.n_vocab, wanted)
-            part = text.part(slice(n))
-            with model.context(text.n_ctx, n, self._n_threads, listen) as context:
-                context.evaluate(part.tokens, part.positions)
-        artifacts.source_is_unchanged(self._inventory.files, self._marks)
+        path = self._place / "ratios.json"
+        found = self._probed.load(GptqRatios, path)
+        if found is None:
+            found = self._measured_ratios()
+            found.save(path)
         return found
 
-    def _gains_of(
-        self, tensor: Tensor, kinds: Sequence[QuantType], x: Floats, pool: ThreadPoolExecutor
+    def _measured_ratios(self) -> GptqRatios:
+        errors = {n: t.errors.weights for n, t in self._probed.sensitivity.tensors.items()}
+        qtypes = {
+            t.name: compensated
+            for t in self._inventory.quantizable
+            if (compensated := [lookup(k) for k in errors[t.name] if self._is_compensated(t, k)])
+        }
+        self._require_factors([self._inventory.by_name[name] for name in qtypes])
+        found: dict[str, dict[str, float]] = {}
+        text = probe_set(self._probed.sensitivity.probe_tokens)
+        text = text.part(slice(min(text.n_chunks, _RATIO_TOKENS // text.n_ctx + 1)))
+
+        def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+            if name in qtypes and name not in found:
+                self._space.progress("measuring what GPTQ gives", len(found), len(qtypes))
+                x = values.reshape(-1, values.shape[-1])
+                found[name] = self._ratios_of(name, qtypes[name], x, pool)
+
+        with (
+            ThreadPoolExecutor(self._space.n_threads) as pool,
+            LoadedModel(self._space.model, patchable=True) as model,
+            context_for(model, text, self._space.n_threads, listen) as context,
+        ):
+            part = text.part(slice(context.n_sequences))
+            context.evaluate(part.tokens, part.positions)
+        self._source_files.check()
+        return GptqRatios(self._probed.provenance, {n: found.get(n, {}) for n in qtypes})
+
+    def _ratios_of(
+        self, name: str, qtypes: Sequence[QuantType], x: Floats, pool: ThreadPoolExecutor
     ) -> dict[str, float]:
         """Of one tensor's types, on activations `x` [tokens, row length]."""
+        tensor = self._inventory.by_name[name]
         factor = self._factor(tensor)
         if not factor.size:
             return {}
         random = np.random.default_rng(0)
-        x = x[probing.sample(random, len(x), _GAIN_TOKENS)]
-        rows = probing.sample(random, tensor.n_rows, _GAIN_ROWS)
-        weights = probing.read_weights(self._inventory, tensor.name, rows)
-        importance = self._imatrix.weights(tensor.name)
-        own = {n: own_inverses(factor, n) for n in {kind.block_size for kind in kinds}}
+        x = x[sample(random, len(x), _RATIO_TOKENS)]
+        rows = sample(random, tensor.n_rows, _RATIO_ROWS)
+        weights = read_weights(self._inventory, name, rows)
+        importance = self._probed.imatrix.weights(name)
+        own = {n: own_inverses(factor, n) for n in {q.block_size for q in qtypes}}
 
-        def gain(kind: QuantType) -> float:
-            w = weights[:: 4 if probing.is_slow(kind) else 1]
-            moved = moved_rows(w, factor, own[kind.block_size], kind, importance)
+        def ratio(qtype: QuantType) -> float:
+            w = weights[:: 4 if is_slow(qtype) else 1]
+            compensated = compensated_rows(w, factor, own[qtype.block_size], qtype, importance)
             with_it, without = (
-                float(np.square((w - llama.fake_quantize(v, kind, importance)) @ x.T).sum())
-                for v in (moved, np.ascontiguousarray(w))
+                float(np.square((w - fake_quantize(v, qtype, importance)) @ x.T).sum())
+                for v in (compensated, np.ascontiguousarray(w))
             )
             return with_it / without if without > 0 else 1.0
 
-        return dict(zip((k.name for k in kinds), pool.map(gain, kinds), strict=True))
+        return dict(zip((q.name for q in qtypes), pool.map(ratio, qtypes), strict=True))
+
+    # -- weights --
 
     @contextmanager
-    def moved(self, types: Mapping[str, str]) -> Iterator[Inventory]:
-        """The model with weights moved for `types`, as a file to be quantised to them.
+    def compensated(self, types: Mapping[str, str]) -> Iterator[Inventory]:
+        """The model with weights compensated for `types`, as a file to be quantised to them.
 
         Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
-        inventory = self._inventory
-        chosen = [t for t in inventory.quantizable if self._is_moved(t, types[t.name])]
+        chosen = [t for t in self._inventory.quantizable if self._is_compensated(t, types[t.name])]
         if not chosen:
-            yield inventory
+            yield self._inventory
             return
         self._require_factors(chosen)
-        floats = probing.scratch_types(inventory)
-        types_of_copy = inventory.types | {t.name: floats[t.name] for t in chosen}
+        floats = scratch_types(self._inventory)
+        types_of_copy = self._inventory.types | {t.name: floats[t.name] for t in chosen}
         with (
-            probing.scratch_copy(inventory, self._folder, self._n_threads, types_of_copy) as path,
-            ThreadPoolExecutor(self._n_threads) as pool,
+            scratch_copy(self._space, types_of_copy) as path,
+            ThreadPoolExecutor(self._space.n_threads) as pool,
         ):
             copy = read_inventory(path)
             stored = np.memmap(path, np.uint8, "r+")
             for i, tensor in enumerate(chosen):
-                self._on_progress("moving weights against rounding", i, len(chosen))
-                rows = probing.float_rows(stored, copy.by_name[tensor.name])
-                self._move(tensor, lookup(types[tensor.name]), rows, pool)
+                self._space.progress("compensating for rounding (GPTQ)", i, len(chosen))
+                rows = float_rows(stored, copy.by_name[tensor.name])
+                self._compensate(tensor, lookup(types[tensor.name]), rows, pool)
             stored.flush()
             del rows, stored
-            artifacts.source_is_unchanged(inventory.files, self._marks)
+            self._source_files.check()
             yield copy
 
-    def _is_moved(self, tensor: Tensor, kind: str) -> bool:
-        """Experts see too few tokens each; looking up an embedding has no output to make good."""
+    def _is_compensated(self, tensor: Tensor, type_name: str) -> bool:
+        """Experts see too few tokens each; looking up an embedding has no output to compensate."""
         return (
             tensor.n_experts == 1
             and (tensor.layer is not None or tensor.role == "output")
-            and lookup(kind).is_quantized
-            and kind != tensor.qtype.name
-            and tensor.row_length > lookup(kind).block_size
+            and lookup(type_name).is_quantized
+            and type_name != tensor.qtype.name
+            and tensor.row_length > lookup(type_name).block_size
         )
 
-    def _move(
+    def _compensate(
         self,
         tensor: Tensor,
-        kind: QuantType,
+        qtype: QuantType,
         rows: npt.NDArray[np.floating],
         pool: ThreadPoolExecutor,
     ) -> None:
         """Let `rows` hold the tensor as it is to be quantised."""
         factor = self._factor(tensor)
-        if not factor.size:  # no product reads it
+        if not factor.size:
             return
-        own = own_inverses(factor, kind.block_size)
-        importance = self._imatrix.weights(tensor.name)
+        own = own_inverses(factor, qtype.block_size)
+        importance = self._probed.imatrix.weights(tensor.name)
 
-        def move(first: int) -> None:
+        def compensate(first: int) -> None:
             part = slice(first, min(first + _ROWS_AT_ONCE, tensor.n_rows))
-            weights = probing.read_weights(self._inventory, tensor.name, part)
-            rows[part] = moved_rows(weights, factor, own, kind, importance)
+            weights = read_weights(self._inventory, tensor.name, part)
+            rows[part] = compensated_rows(weights, factor, own, qtype, importance)
 
-        list(pool.map(move, range(0, tensor.n_rows, _ROWS_AT_ONCE)))
+        list(pool.map(compensate, range(0, tensor.n_rows, _ROWS_AT_ONCE)))
+
+    # -- factors --
 
     def _source(self, tensor: Tensor) -> str:
         """The tensor whose activations it reads: of several that read the same, one."""
@@ -220,7 +224,11 @@ class Feedback:
         name = tensor.name.replace(f".{tensor.role}.", f".{first}.")
         return name if name in self._inventory.by_name else tensor.name
 
+    def _path(self, name: str) -> Path:
+        return self._place / f"{name}.npy"
+
     def _factor(self, tensor: Tensor) -> Floats:
+        """[row length, row length]; empty for a tensor that stays as it is."""
         path = self._path(self._source(tensor))
         try:
             factor: Floats = np.load(path)
@@ -232,7 +240,7 @@ class Feedback:
 
     def _require_factors(self, tensors: Sequence[Tensor]) -> None:
         """Collect those that are not at hand."""
-        with artifacts.lock(self._folder / ".feedback.lock"):
+        with artifacts.lock(self._space.folder / ".gptq.lock"):
             lengths = {self._source(t): t.row_length for t in tensors}
             left = {n: length for n, length in lengths.items() if not self._path(n).exists()}
             if left:
@@ -241,9 +249,9 @@ class Feedback:
     def _collect(self, left: dict[str, int]) -> None:
         """Factors by row length, in as many passes over the text as memory asks for."""
         needed = sum(4 * length**2 for length in left.values())
-        artifacts.require_space(self._folder, needed, "the second moments of activations")
+        artifacts.require_space(self._space.folder, needed, "the second moments of activations")
         self._place.mkdir(parents=True, exist_ok=True)
-        with llama.LoadedModel(self._inventory.files[0], patchable=True) as model:
+        with LoadedModel(self._space.model, patchable=True) as model:
             while left:
                 now: list[str] = []
                 room = min(_ROOM_BYTES, detect().available_bytes // 4)
@@ -253,18 +261,14 @@ class Feedback:
                     now.append(name)
                     room -= 8 * length**2
                 found = self._moments(model, now)
-                artifacts.source_is_unchanged(self._inventory.files, self._marks)
+                self._source_files.check()
                 for name in now:
-                    factor = factor_of(found.pop(name)) if name in found else np.zeros((0, 0))
                     content = io.BytesIO()
-                    np.save(content, factor)
+                    np.save(content, _factor_or_none(found.pop(name, np.zeros((0, 0)))))
                     artifacts.write_atomically(self._path(name), content.getvalue())
                     del left[name]
 
-    def _path(self, name: str) -> Path:
-        return self._place / f"{name}.npy"
-
-    def _moments(self, model: llama.LoadedModel, names: list[str]) -> dict[str, Doubles]:
+    def _moments(self, model: LoadedModel, names: list[str]) -> dict[str, Doubles]:
         found: dict[str, Doubles] = {}
 
         def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
@@ -275,13 +279,20 @@ class Feedback:
                 found[name] += x.T @ x
 
         text = self._text
-        n = probing.sequences_at_once(text.n_ctx, model.n_vocab, text.n_chunks)
-        with model.context(text.n_ctx, n, self._n_threads, listen) as context:
-            for start in range(0, text.n_chunks, n):
-                self._on_progress("collecting second moments", start, text.n_chunks)
-                part = text.part(slice(start, start + n))
+        with context_for(model, text, self._space.n_threads, listen) as context:
+            for start in range(0, text.n_chunks, context.n_sequences):
+                self._space.progress("collecting second moments", start, text.n_chunks)
+                part = text.part(slice(start, start + context.n_sequences))
                 context.evaluate(part.tokens, part.positions)
         return found
+
+
+def _factor_or_none(moments: Doubles) -> Floats:
+    """`factor_of`; empty where there is none: the tensor then stays as it is."""
+    try:
+        return factor_of(moments)
+    except EngineError:
+        return np.zeros((0, 0), np.float32)
 
 
 def factor_of(moments: Doubles) -> Floats:
@@ -323,26 +334,26 @@ def own_inverses(factor: Floats, block: int) -> list[Floats]:
     ]
 
 
-def moved_rows(
+def compensated_rows(
     weights: Floats,
     factor: Floats,
     own: Sequence[Floats],
-    kind: QuantType,
+    qtype: QuantType,
     importance: Floats | None,
 ) -> Floats:
-    """`weights` [rows, n] as they are to be quantised to `kind`, block by block of columns.
+    """`weights` [rows, n] as they are to be quantised to `qtype`, block by block of columns.
 
     `own` is what `own_inverses` gives for the factor.
     """
     moved: Floats = weights.copy()
-    length, block = weights.shape[1], kind.block_size
+    length, block = weights.shape[1], qtype.block_size
     step = max(block, _COLUMNS_AT_ONCE)
     for start in range(0, length, step):
         end = min(start + step, length)
         errors = np.zeros((len(moved), end - start), np.float32)
         for first in range(start, end, block):
             last = min(first + block, length)
-            e = (moved[:, first:last] - _rounded(moved, first, last, kind, importance)) @ own[
+            e = (moved[:, first:last] - _rounded(moved, first, last, qtype, importance)) @ own[
                 first // block
             ]
             errors[:, first - start : last - start] = e
@@ -352,17 +363,17 @@ def moved_rows(
 
 
 def _rounded(
-    rows: Floats, first: int, last: int, kind: QuantType, importance: Floats | None
+    rows: Floats, first: int, last: int, qtype: QuantType, importance: Floats | None
 ) -> Floats:
-    """Columns `first` to `last` as they read back from `kind`, in rows that stay as they are."""
+    """Columns `first` to `last` as they read back from `qtype`, in rows that stay as they are."""
     block = np.ascontiguousarray(rows[:, first:last])
     weights = None if importance is None else np.ascontiguousarray(importance[first:last])
-    if weights is None or kind.name not in _WEIGHED_BY_ROW:
-        return llama.fake_quantize(block, kind, weights)
+    if weights is None or qtype.name not in _WEIGHED_BY_ROW:
+        return fake_quantize(block, qtype, weights)
     n = last - first
     energy = np.square(block).sum(axis=1, dtype=np.float64)
     wanted = np.square(rows).mean(axis=1, dtype=np.float64) * n * (1 + _FILLER_BLOCKS)
     filler = np.sqrt(np.maximum(wanted - energy, 0) / (n * _FILLER_BLOCKS)).astype(np.float32)
     whole = np.concatenate([block, np.repeat(filler[:, None], n * _FILLER_BLOCKS, axis=1)], axis=1)
-    back = llama.fake_quantize(whole, kind, np.tile(weights, 1 + _FILLER_BLOCKS))
+    back = fake_quantize(whole, qtype, np.tile(weights, 1 + _FILLER_BLOCKS))
     return np.ascontiguousarray(back[:, :n])

@@ -7,25 +7,23 @@ fifth of the KL divergence at the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from apreqel.errors import CalibrationError, printable
+from apreqel.llama.engine import Context
 from apreqel.model.imatrix import Imatrix, ImatrixEntry
-
-if TYPE_CHECKING:
-    from apreqel.llama import Context
-    from apreqel.model.inventory import Inventory
-    from apreqel.sensitivity.calibration import TokenSet
+from apreqel.model.inventory import Inventory
+from apreqel.progress import Progress, silent
+from apreqel.sensitivity.calibration import TokenSet
 
 Floats = npt.NDArray[np.float32]
 
 
 class ImatrixCollector:
-    """A listener (see `llama.Listener`) that adds up squared activations."""
+    """A listener (see `listening.Listener`) that adds up squared activations."""
 
     def __init__(self, n_matrices: Mapping[str, int]) -> None:
         self._n_matrices = n_matrices
@@ -80,19 +78,19 @@ def collect(
     context: Context,
     collector: ImatrixCollector,
     tokens: TokenSet,
-    on_chunk: Callable[[int, int], None] | None = None,
+    progress: Progress = silent,
     n_before: int = 0,
+    n_total: int = 0,
 ) -> Imatrix:
     """Run `tokens` through `context`, which was made with `collector` as its listener.
 
-    `n_before` chunks went through `collector` already.
+    `n_before` chunks of `n_total` went through `collector` already, and are in the result.
     """
     step = context.n_sequences
     for start in range(0, tokens.n_chunks, step):
+        progress("collecting the imatrix", n_before + start, n_total or tokens.n_chunks)
         # Only the head needs logits, and it needs them everywhere: the head is listened to, too.
         part = tokens.tokens[start : start + step]
         everywhere = np.tile(np.arange(tokens.n_ctx, dtype=np.int32), (len(part), 1))
         context.evaluate(part, everywhere)
-        if on_chunk:
-            on_chunk(min(start + step, tokens.n_chunks), tokens.n_chunks)
     return collector.result([tokens.name], n_before + tokens.n_chunks, tokens.n_ctx)

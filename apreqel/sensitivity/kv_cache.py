@@ -1,4 +1,4 @@
-"""What quantising the KV cache costs: its damage by type, measured, and its bytes.
+"""What quantising the KV cache costs: its damage by type, measured.
 
 The K and the V cache are two more choices beside the weights: in a long context they are most of
 the memory. Each type is probed by itself on the unquantised model: KL divergence on calibration
@@ -7,108 +7,91 @@ text in chunks of 512 tokens, against the F16 cache.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from apreqel import artifacts, llama
-from apreqel.artifacts import Provenance
+from apreqel.artifacts import Provenance, Record
 from apreqel.errors import EngineError
+from apreqel.estimates import Estimate
+from apreqel.llama.engine import LoadedModel
+from apreqel.llama.library import build_info
 from apreqel.model.qtypes import KV_TYPES, USUAL_CACHES, lookup
-from apreqel.sensitivity import calibration
 from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated, sequences_at_once
-from apreqel.sensitivity.metrics import Estimate, Reference, estimate
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
-    from apreqel.model.inventory import Inventory
-    from apreqel.sensitivity.calibration import Text, TokenSet
+from apreqel.sensitivity.calibration import Text, TokenSet, split_for_calibration
+from apreqel.sensitivity.metrics import Reference, estimate
+from apreqel.workspace import Workspace
 
 KV_FILE = "kv-cache.json"
 
 USUAL = USUAL_CACHES[0]
 
-PROBE_CHUNKS, PROBE_CTX = 4, 512
+_CHUNKS, _N_CTX = 4, 512
 
 
 @dataclass(frozen=True)
-class KvSensitivity:
+class CacheSensitivity(Record):
     """KL divergence in nats by type, for each cache alone; what llama.cpp refused is excluded."""
 
-    provenance: Provenance
-    k: Mapping[str, Estimate]
-    v: Mapping[str, Estimate]
+    KIND = "cache-sensitivity"
+
+    k: Mapping[str, Estimate] = field(default_factory=dict)
+    v: Mapping[str, Estimate] = field(default_factory=dict)
     excluded: Mapping[str, str] = field(default_factory=dict)
 
-    def save(self, path: Path) -> None:
-        data = {name: value for name, value in asdict(self).items() if name != "provenance"}
-        artifacts.save(path, "kv-cache", self.provenance, data)
 
-    @classmethod
-    def load(cls, path: Path, model_sha256: str) -> KvSensitivity:
-        """Raises ArtifactError."""
-        provenance, data = artifacts.load(path, "kv-cache", model_sha256)
-        with artifacts.understood(f"{path}"):
-            for cache in ("k", "v"):
-                data[cache] = {kind: Estimate(**row) for kind, row in data[cache].items()}
-            return cls(provenance, **data)
+def settings_of(texts: Sequence[Text]) -> dict[str, object]:
+    """What a probe of the unquantised model as a whole depends on beside model and llama.cpp."""
+    return {"n_ctx": _N_CTX, "chunks": _CHUNKS, "texts": {t.name: t.sha256 for t in texts}}
 
 
-def measure_kv(
-    inventory: Inventory,
-    model_sha256: str,
-    texts: Sequence[Text],
-    n_threads: int,
-    on_progress: Callable[[str, int, int], None] = lambda what, done, total: None,
-) -> KvSensitivity:
-    """Probe both caches in every type that the model's heads can hold. Raises EngineError."""
+def cache_sensitivity(space: Workspace, texts: Sequence[Text]) -> CacheSensitivity:
+    """As kept in the work folder, if measured with these texts and this llama.cpp, or measured now.
+
+    Raises ArtifactError, CalibrationError, EngineError, OutputError.
+    """
+    path = space.folder / KV_FILE
+    provenance = Provenance(space.sha256, build_info(), settings=settings_of(texts))
+    found = CacheSensitivity.load_same(path, provenance)
+    if found is None:
+        found = _measured(space, texts, provenance)
+        found.save(path)
+    return found
+
+
+def _measured(space: Workspace, texts: Sequence[Text], provenance: Provenance) -> CacheSensitivity:
+    """Both caches in every type that the model's heads can hold."""
     probes: dict[str, dict[str, Estimate]] = {"k": {}, "v": {}}
     excluded = {}
-    wanted = [(cache, kind) for cache in probes for kind in KV_TYPES if kind != USUAL]
-    with (
-        llama.LoadedModel(inventory.files[0]) as model,
-        ThreadPoolExecutor(n_threads) as pool,
-    ):
+    wanted = [(cache, name) for cache in probes for name in KV_TYPES if name != USUAL]
+    with LoadedModel(space.model) as model, ThreadPoolExecutor(space.n_threads) as pool:
         tokens = probe_tokens(model, texts)
         n = sequences_at_once(tokens.n_ctx, model.n_vocab, 1)
-
-        def caching(k: str, v: str) -> AbstractContextManager[llama.Context]:
-            kinds = lookup(k), lookup(v)
-            return model.context(tokens.n_ctx, n, n_threads, cache_types=kinds)
-
         original = np.empty((tokens.n_scored, model.n_vocab), np.float32)
-        with caching(USUAL, USUAL) as context:
+        usual = lookup(USUAL)
+        with model.context(tokens.n_ctx, n, space.n_threads, cache_types=(usual, usual)) as context:
             for rows, logits in evaluated(context, tokens):
                 original[rows] = logits
         reference = ReferenceRun(tokens, Reference.of(original, pool))
-        for i, (cache, kind) in enumerate(wanted):
-            on_progress("probing the KV cache", i, len(wanted))
+        for i, (cache, name) in enumerate(wanted):
+            space.progress("probing the KV cache", i, len(wanted))
+            pair = (lookup(name), usual) if cache == "k" else (usual, lookup(name))
             try:
-                with caching(kind, USUAL) if cache == "k" else caching(USUAL, kind) as context:
+                with model.context(tokens.n_ctx, n, space.n_threads, cache_types=pair) as context:
                     result = compared(context, reference, pool)
             except EngineError as error:
-                excluded[f"{cache} {kind}"] = str(error)
+                excluded[f"{cache} {name}"] = str(error)
                 continue
             if result.is_finite:
-                probes[cache][kind] = estimate(result.kld_nats, tokens.n_chunks)
+                probes[cache][name] = estimate(result.kld_nats, tokens.n_chunks)
             else:
-                excluded[f"{cache} {kind}"] = "the probe gave NaN or Inf"
-    on_progress("probing the KV cache", len(wanted), len(wanted))
-    provenance = Provenance(
-        model_sha256,
-        llama.build_info(),
-        settings={"n_ctx": tokens.n_ctx, "texts": {t.name: t.sha256 for t in texts}},
-    )
-    return KvSensitivity(provenance, probes["k"], probes["v"], excluded)
+                excluded[f"{cache} {name}"] = "the probe gave NaN or Inf"
+    space.progress("probing the KV cache", len(wanted), len(wanted))
+    return CacheSensitivity(provenance, probes["k"], probes["v"], excluded)
 
 
-def probe_tokens(model: llama.LoadedModel, texts: Sequence[Text]) -> TokenSet:
+def probe_tokens(model: LoadedModel, texts: Sequence[Text]) -> TokenSet:
     """Calibration text in long chunks. Raises CalibrationError."""
-    return calibration.split_for_calibration(
-        model, texts, check_chunks=PROBE_CHUNKS, n_ctx=PROBE_CTX
-    ).check
+    return split_for_calibration(model, texts, check_chunks=_CHUNKS, n_ctx=_N_CTX).check

@@ -16,36 +16,16 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from apreqel.estimates import Z95, Estimate
+
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
 
 # Rows compared at a time: 8 rows of a 256k vocabulary in float32 are 8 MB, near a cache's size.
 _ROWS_AT_ONCE = 8
 
-# Two-sided 95% of a normal distribution.
-_Z95 = 1.959964
 # Where a rival is the reference itself, a ratio to it is taken to this.
 _LEAST_NATS = 1e-9
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over `count` positions with its standard error."""
-
-    mean: float
-    standard_error: float
-    count: int
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of the mean."""
-        return self.mean - _Z95 * self.standard_error, self.mean + _Z95 * self.standard_error
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether the 95% interval stays clear of zero."""
-        low, high = self.interval
-        return low > 0 or high < 0
 
 
 @dataclass(frozen=True)
@@ -198,4 +178,4 @@ def ratio_interval(
         return ratio, ratio, ratio
     residual = a - ratio * b
     error = float(residual.std(ddof=1)) / math.sqrt(n_chunks) / least
-    return ratio, ratio - _Z95 * error, ratio + _Z95 * error
+    return ratio, ratio - Z95 * error, ratio + Z95 * error

@@ -6,7 +6,7 @@ is nearly whole, so that a good choice is near its bound and no tree needs to be
 1. Prices of the limits by cutting planes on the Lagrangian dual (Kelley 1960), which look at every
    option but need programmes of a few variables only. Then the relaxation over the options near
    those prices: its bound, its prices, and a choice in which few items are left between options.
-2. Exchanges of options from there (`exchange`), until the gap to the bound is the one wanted.
+2. A local search from there (`local_search`), until the gap to the bound is the one wanted.
 3. Where that is not reached: HiGHS (scipy.optimize) on the options that can be part of a better
    choice (reduced-cost fixing, Nemhauser & Wolsey 1988, II.5.2).
 """
@@ -27,7 +27,7 @@ from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
 from apreqel.errors import InfeasiblePlanError
-from apreqel.solver.local_search import Doubles, Whole, exchanges
+from apreqel.solver.local_search import Doubles, Whole, neighbours
 
 Mask = npt.NDArray[np.bool_]
 Choice = tuple[int, ...]
@@ -41,7 +41,7 @@ _PLANES = 100
 # Options beyond one per item in the first relaxation, which settles 2,000 items of 20 options under
 # three limits in 0.03 s; all their options take 5 s.
 _NEAR = 1000
-# Exchanges considered, round by round. The first round brings 2,000 items within 1e-4 of the bound,
+# Moves considered, round by round. The first round brings 2,000 items within 1e-4 of the bound,
 # the others 500 items; the last takes 0.03 s.
 _CORES = (60, 120, 240, 480)
 
@@ -103,14 +103,14 @@ def solve(
     for core in _CORES:
         if ceiling - bound <= gap_wanted * abs(ceiling) < math.inf:
             break
-        best, ceiling = table.exchanged(best, ceiling, prices, core)
+        best, ceiling = table.improved(best, ceiling, prices, core)
     else:
         solved = table.exact(prices, bound, ceiling, gap_wanted)
         if solved:
             bound = max(bound, solved[0])
             value = table.value(solved[1])
             # HiGHS may pass a limit by its tolerance.
-            found, value = table.exchanged(solved[1], value, prices, _CORES[0])
+            found, value = table.improved(solved[1], value, prices, _CORES[0])
             if value <= ceiling:
                 best, ceiling = found, value
     if ceiling == math.inf:
@@ -118,6 +118,24 @@ def solve(
     gap = max(0.0, (ceiling - bound) / ceiling) if ceiling > 0 else 0.0
     seconds = time.perf_counter() - started
     return Solution(tuple(map(int, best)), ceiling, gap, seconds, tuple(map(float, prices)))
+
+
+def priced(
+    i: int, costs: Sequence[Doubles], limits: Sequence[Limit], solution: Solution
+) -> Doubles:
+    """Of the options of item i: cost + prices x what they use of the limits.
+
+    At the optimum of the relaxation an item takes the option of which this is least.
+    """
+    total: Doubles = costs[i].copy()
+    for limit, price in zip(limits, solution.prices, strict=True):
+        total += price * limit.costs[i]
+    return total
+
+
+def total(costs: Sequence[Doubles], choice: Sequence[int] | Whole) -> float:
+    """The sum of the costs of the chosen options."""
+    return float(sum(row[c] for row, c in zip(costs, choice, strict=True)))
 
 
 class _Table:
@@ -153,9 +171,9 @@ class _Table:
 
     def value(self, choice: Whole) -> float:
         """The objective of a choice; inf where it passes a limit."""
-        if any(_total(limit.costs, choice) > limit.at_most for limit in self._limits):
+        if any(total(limit.costs, choice) > limit.at_most for limit in self._limits):
             return math.inf
-        return _total(self._costs, choice)
+        return total(self._costs, choice)
 
     def relaxed(self) -> tuple[float, Doubles, Whole] | None:
         """(lower bound, price of each limit, nearest whole choice) with fractions allowed.
@@ -275,15 +293,15 @@ class _Table:
             return None
         return float(result.mip_dual_bound) / scale, _whole(near, result.x)
 
-    def exchanged(
+    def improved(
         self, choice: Whole, value: float, prices: Doubles, core: int
     ) -> tuple[Whole, float]:
-        """The best choice found by exchanging options of up to four items, and its objective."""
+        """The best choice found by moving up to four items to other options, and its objective."""
         left = self._at_most - self._uses[:, self._items, choice].sum(axis=1)
         # What is left of the limits, at their prices, is all that a better choice could gain.
         gain = float(prices @ left) if value < math.inf else math.inf
         reduced, slip = self._reduced(prices), 1e-12 * np.abs(self._at_most)
-        for found in exchanges(choice, reduced, self._uses, left + slip, prices, core, gain):
+        for found in neighbours(choice, reduced, self._uses, left + slip, prices, core, gain):
             if (reached := self.value(found)) < value:
                 return found, reached
         return choice, value
@@ -328,7 +346,3 @@ def _conflict(limits: Sequence[Limit]) -> InfeasiblePlanError:
         ways.append(f"{limit.name} {limit.show(nearest)}")
     advice = f"; with the others as they are, possible is {', or '.join(ways)}" if ways else ""
     return InfeasiblePlanError(f"no choice meets {names} together{advice}")
-
-
-def _total(costs: Sequence[Doubles], choice: Whole) -> float:
-    return float(sum(row[c] for row, c in zip(costs, choice, strict=True)))

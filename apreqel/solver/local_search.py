@@ -1,8 +1,8 @@
-"""Choices next to a given one, for the knapsack: options of up to four items exchanged at once.
+"""Choices next to a given one, for the knapsack: up to four items move to other options at once.
 
-Only the exchanges of least reduced cost are considered (the core of a knapsack, Pisinger 1995).
-They are split in two halves; for every pair of the one half, the pairs of the other are looked up
-that use up just what it leaves of the limits (meeting in the middle, Horowitz & Sahni 1974).
+Only the moves of least reduced cost are considered (the core of a knapsack, Pisinger 1995). They
+are split in two halves; for every pair of the one half, the pairs of the other are looked up that
+use up just what it leaves of the limits (meeting in the middle, Horowitz & Sahni 1974).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _PARTNERS = 8
 _MOST_FOUND = 10
 
 
-def exchanges(
+def neighbours(
     choice: Whole,
     reduced: Doubles,
     uses: Doubles,
@@ -30,7 +30,7 @@ def exchanges(
     core: int,
     gain: float,
 ) -> Iterator[Whole]:
-    """Choices within the limits, best first, that the `core` nearest exchanges lead to.
+    """Choices within the limits, best first, that the `core` nearest moves lead to.
 
     `reduced[item, option]` is cost + prices x uses (inf: not to be chosen), `uses[limit, item,
     option]` what an option uses of a limit, `left[limit]` what `choice` leaves of it, or lacks.
@@ -41,10 +41,10 @@ def exchanges(
     change[items, choice] = np.inf
     nearest = np.argsort(change, axis=None, kind="stable")[:core]
     item, option = np.unravel_index(nearest[np.isfinite(change.flat[nearest])], change.shape)
-    # Items alternate between the halves in the order of their nearest exchange.
+    # Items alternate between the halves in the order of their nearest move.
     _, first, of = np.unique(item, return_index=True, return_inverse=True)
     half = first.argsort().argsort()[of] % 2
-    # The last exchange of the list is none at all.
+    # The last move of the list is none at all.
     none = len(item)
     use = np.zeros((len(left), none + 1))
     use[:, :none] = uses[:, item, option] - uses[:, item, choice[item]]
@@ -76,7 +76,7 @@ def exchanges(
         yield found[:-1]
 
 
-def _pairs(exchange: Whole, item: Whole) -> Whole:
-    """Two of the exchanges, of different items; the last, which is none, may come twice."""
-    pairs: Whole = exchange[np.array(np.triu_indices(len(exchange)))]
-    return pairs[:, (item[pairs[0]] != item[pairs[1]]) | (pairs[0] == exchange[-1])]
+def _pairs(moves: Whole, item: Whole) -> Whole:
+    """Two of the moves, of different items; the last, which is none, may come twice."""
+    pairs: Whole = moves[np.array(np.triu_indices(len(moves)))]
+    return pairs[:, (item[pairs[0]] != item[pairs[1]]) | (pairs[0] == moves[-1])]

@@ -10,21 +10,74 @@ type of no more bytes. Then the smallest plan as close as stock Q4_K_M.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from apreqel import pipeline, quantize
-from apreqel.console import Reporter
-from apreqel.evaluate import confirm as candidates
-from apreqel.evaluate import verify
-from apreqel.evaluate.real_files import on_text
-from apreqel.plan import planner
+from apreqel.console.terminal import Reporter
+from apreqel.evaluate.confirm import rival_maps
+from apreqel.evaluate.presets import build_preset
+from apreqel.evaluate.text_run import on_text
+from apreqel.plan.make_plan import make_plan
+from apreqel.plan.plan import Plan
 from apreqel.plan.request import PlanRequest
-from apreqel.sensitivity import calibration
+from apreqel.plan.solve import solve_request
+from apreqel.sensitivity.calibration import read_text, verification_set
+from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.sensitivity.metrics import estimate, ratio_interval
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
+
+
+@dataclass(frozen=True)
+class File:
+    """One file; `rival` names another that it is compared with, `plan` what it was planned as."""
+
+    label: str
+    path: Path
+    rivals: tuple[str, ...] = ()
+    plan: Plan | None = None
+
+
+def write(probed: ProbedModel, label: str, types: Mapping[str, str], records: list[bytes]) -> Path:
+    path = probed.space.folder / f"{label.replace(' ', '-')}.gguf"
+    quantize.quantize_model(
+        probed.inventory,
+        types,
+        path,
+        imatrix=probed.imatrix,
+        extra_metadata=records,
+        n_threads=probed.space.n_threads,
+        force=True,
+        allow_requantize=True,
+    )
+    return path
+
+
+def files(probed: ProbedModel, args: argparse.Namespace) -> Iterator[File]:
+    for preset in args.presets:
+        stock = build_preset(probed.space, preset, probed.imatrix)
+        request = PlanRequest("accuracy", max_size_bytes=stock.stat().st_size)
+        planner = pipeline.planner_of(probed, request, None)
+        solved = solve_request(planner)
+        made = make_plan(planner, solved)
+        rivals = [preset]
+        yield File(preset, stock)
+        for label, types in rival_maps(planner, solved):
+            if label.startswith("uniform") and not args.no_uniform:
+                rivals.append(label)
+                yield File(label, write(probed, label, types, made.extra_metadata()))
+        ours = f"ours {preset}"
+        path = write(probed, ours, made.types, made.extra_metadata())
+        yield File(ours, path, tuple(rivals), made)
+    if "Q4_K_M" in args.presets and not args.no_smallest:
+        plan_path = probed.space.folder / "memory.json"
+        made, _ = pipeline.plan(probed, PlanRequest("memory"), None, output=plan_path)
+        path = write(probed, "smallest", made.types, made.extra_metadata())
+        yield File("smallest", path, ("Q4_K_M",), made)
 
 
 def main() -> None:
@@ -37,76 +90,33 @@ def main() -> None:
     parser.add_argument("--no-uniform", action="store_true")
     parser.add_argument("--no-smallest", action="store_true")
     args = parser.parse_args()
+    text = read_text(args.text)
     with pipeline.open_workspace(
-        args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
+        args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
     ) as space:
-        state, imatrix = pipeline.require_measured(space)
-        files, predicted, pairs = {}, {}, []
-
-        def write(label: str, types: dict[str, str], records: list[bytes]) -> Path:
-            path = space.folder / f"{label.replace(' ', '-')}.gguf"
-            quantize.quantize_model(
-                space.inventory,
-                types,
-                path,
-                imatrix=imatrix,
-                extra_metadata=records,
-                n_threads=space.n_threads,
-                force=True,
-                allow_requantize=True,
-            )
-            return path
-
-        for preset in args.presets:
-            stock = verify.build_preset(space.inventory, preset, imatrix, space.folder, 2)
-            request = PlanRequest("accuracy", max_size_bytes=stock.stat().st_size)
-            made = planner.Planner(space.inventory, state, imatrix, request, space.folder).plan()
-            ours, records = f"ours {preset}", made.extra_metadata()
-            files[ours] = write(ours, dict(made.types), records)
-            files[preset] = stock
-            predicted[ours] = made
-            pairs.append((ours, preset))
-            for label, types in candidates.rival_maps(made, request, space.inventory, state):
-                if label.startswith("uniform") and not args.no_uniform:
-                    if label not in files:
-                        files[label] = write(label, types, records)
-                    pairs.append((ours, label))
-        if "Q4_K_M" in files and not args.no_smallest:
-            request = PlanRequest("memory")
-            path = space.folder / "memory.json"
-            made, _ = pipeline.plan(space, request, state, imatrix, None, path)
-            files["smallest"] = write("smallest", dict(made.types), made.extra_metadata())
-            predicted["smallest"] = made
-            pairs.append(("smallest", "Q4_K_M"))
-        text_run = on_text(
-            space.inventory.files[0],
-            lambda model: calibration.verification_set(
-                model, calibration.read_text(args.text), 512, args.tokens
-            ),
-            512,
-            space.folder,
-            space.n_threads,
-        )
-        with text_run as text:
-            results = {}
-            for label, path in files.items():
-                results[label] = text.compare(path)
-                kld = estimate(results[label].kld_nats, text.tokens.n_chunks)
-                tail = float(np.quantile(results[label].kld_nats, 0.999))
-                size = path.stat().st_size
-                line = f"{label:16} {size:>12,} bytes  KLD {kld.mean:.5f} 99.9% {tail:.3f}"
-                if label in predicted:
-                    low, high = predicted[label].kld_interval
-                    line += f"  predicted {predicted[label].kld_nats:.5f} ({low:.5f} to {high:.5f})"
-                print(line, flush=True)
-            for ours, rival in pairs:
-                a, b = results[ours].kld_nats, results[rival].kld_nats
-                ratio, low, high = ratio_interval(a, b, text.tokens.n_chunks)
-                tails = [float(np.quantile(x, 0.999)) for x in (a, b)]
-                sizes = files[ours].stat().st_size / files[rival].stat().st_size
+        made = {file.label: file for file in files(require_probed_model(space), args)}
+        with on_text(
+            space, lambda model: verification_set(model, text, 512, args.tokens), 512
+        ) as run:
+            results = {label: run.compare(file.path).kld_nats for label, file in made.items()}
+            n_chunks = run.tokens.n_chunks
+        for label, file in made.items():
+            kld, tail = estimate(results[label], n_chunks), np.quantile(results[label], 0.999)
+            size = file.path.stat().st_size
+            line = f"{label:16} {size:>12,} bytes  KLD {kld.mean:.5f} 99.9% {tail:.3f}"
+            if file.plan:
+                low, high = file.plan.damage_interval
+                line += f"  predicted {file.plan.damage_nats:.5f} ({low:.5f} to {high:.5f})"
+            print(line)
+        for label, file in made.items():
+            for rival in file.rivals:
+                a, b = results[label], results[rival]
+                ratio, low, high = ratio_interval(a, b, n_chunks)
+                tails = np.quantile(a, 0.999) / np.quantile(b, 0.999)
+                sizes = file.path.stat().st_size / made[rival].path.stat().st_size
                 print(
-                    f"{ours} / {rival}: bytes {sizes:.4f}, KLD {ratio:.3f} ({low:.3f} to "
-                    f"{high:.3f}), 99.9% {tails[0] / tails[1]:.3f}"
+                    f"{label} / {rival}: bytes {sizes:.4f}, KLD {ratio:.3f} ({low:.3f} to "
+                    f"{high:.3f}), 99.9% {tails:.3f}"
                 )
 
 

@@ -13,12 +13,14 @@ import tempfile
 from pathlib import Path
 from statistics import median
 
-from apreqel import llama
-from apreqel.console import Reporter
+from apreqel.console.terminal import Reporter
 from apreqel.device.machine import default_threads, pinned
-from apreqel.device.timing import forget_pages, measure_profile
+from apreqel.device.real_runs import forget_pages
+from apreqel.device.timing import measure_profile
+from apreqel.llama import engine
 from apreqel.model.inventory import read_inventory
 from apreqel.model.qtypes import lookup
+from apreqel.workspace import Workspace
 
 _ANSWER = 32
 _PAIRS = ("F16/F16", "Q8_0/Q8_0", "Q8_0/Q5_0", "F16/Q4_0", "BF16/IQ4_NL")
@@ -29,7 +31,7 @@ def measured(path: Path, n_ctx: int, n_threads: int, caches: tuple[str, ...]) ->
     k, v = map(lookup, caches)
     forget_pages(path)
     with (
-        llama.LoadedModel(path) as model,
+        engine.LoadedModel(path) as model,
         model.context(n_ctx, 1, n_threads, as_users_run=True, cache_types=(k, v)) as context,
     ):
         context.seconds(8, 2)
@@ -51,13 +53,8 @@ def main() -> None:
     own = inventory.types
     needed = {"F16", "Q8_0", *own.values(), *(kind for pair in pairs for kind in pair)}
     with tempfile.TemporaryDirectory(prefix="caches-", dir=args.workdir) as folder:
-        profile = measure_profile(
-            inventory,
-            Path(folder),
-            n_threads=args.threads,
-            types=sorted(needed),
-            on_progress=report,
-        )
+        space = Workspace(inventory, "", Path(folder), args.threads, progress=report)
+        profile = measure_profile(space, types=sorted(needed))
     runs: dict[tuple[str, ...], list[tuple[float, ...]]] = {pair: [] for pair in pairs}
     with pinned(args.threads):
         for i in range(args.rounds):

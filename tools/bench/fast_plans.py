@@ -14,11 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from apreqel import pipeline
-from apreqel.console import Reporter
+from apreqel.console.terminal import Reporter
+from apreqel.device import store
 from apreqel.evaluate import verify
-from apreqel.plan import planner
+from apreqel.evaluate.presets import build_preset
+from apreqel.evaluate.real_files import FileBench
 from apreqel.plan.request import PlanRequest, parse_workload
 from apreqel.sensitivity import calibration
+from apreqel.sensitivity.measurement import require_probed_model
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 
@@ -37,19 +40,17 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=9)
     args = parser.parse_args()
     with pipeline.open_workspace(
-        args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
+        args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
     ) as space:
-        (state, imatrix), profile = pipeline.require_measured(space), pipeline.profile(space)
+        probed, profile = require_probed_model(space), store.profile_of(space)
         for preset in args.presets:
-            stock = verify.build_preset(
-                space.inventory, preset, imatrix, space.folder, space.n_threads
-            )
-            types = planner.stock_map(space.inventory, state, preset)
+            stock = build_preset(space, preset, probed.imatrix)
+            types = probed.stock_types(preset)
             speed = profile.predict(space.inventory, types, 576)
             assert speed is not None
             size = stock.stat().st_size
-            with pipeline.trials_of(space, state, imatrix) as trials:
-                floor = trials.measure(f"stock {preset}", types).kld.mean
+            with FileBench(probed) as bench:
+                floor = bench.measure(f"stock {preset}", types).kld.mean
             wishes = {
                 "fastest": PlanRequest(
                     "latency",
@@ -66,9 +67,9 @@ def main() -> None:
             }
             files = {}
             for label in args.plans:
-                wish = replace(wishes[label], feedback=args.feedback)
+                wish = replace(wishes[label], gptq=args.feedback)
                 plan_path = space.folder / f"{label}.json"
-                pipeline.plan(space, wish, state, imatrix, profile, plan_path)
+                pipeline.plan(probed, wish, profile, output=plan_path)
                 files[label] = space.folder / f"{label}-{preset}.gguf"
                 pipeline.run_plan(
                     plan_path,
@@ -76,19 +77,15 @@ def main() -> None:
                     n_threads=space.n_threads,
                     force=True,
                     allow_requantize=True,
-                    on_progress=space.on_progress,
+                    progress=space.progress,
                 )
             report = verify.verify(
-                space.inventory,
-                space.sha256,
+                space,
                 {**files, "stock": stock},
                 text=calibration.read_text(args.text),
-                calibration_sha256=(),
                 settings=verify.VerifySettings(
                     n_scored=args.tokens, repetitions=args.repetitions, n_prompt=512
                 ),
-                n_threads=space.n_threads,
-                folder=space.folder,
             )
             *ours, rival = report.files[1:]
             assert rival.speed is not None

@@ -13,8 +13,7 @@ from pathlib import Path
 
 from speed_prediction import mixed_plans
 
-from apreqel import pipeline
-from apreqel.device import memory, profile, timing
+from apreqel.device import memory, shapes, store
 from apreqel.llama.footprint import measure_footprint
 from apreqel.model.inventory import read_inventory
 
@@ -25,20 +24,20 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path)
     args = parser.parse_args()
     inventory = read_inventory(args.model)
-    known = pipeline.stored_profile(pipeline.usual_threads())
+    known = store.stored_profile(store.usual_threads())
     if known is None or not known.covers(inventory):
         raise SystemExit(f"{args.model}: run apreqel profile first")
     maps = {
-        kind: types
-        for kind in ("Q4_0", "Q8_0", "Q5_1", "F16")
-        if (types := profile.nearest_types(known, inventory, kind))
+        name: found[0]
+        for name in ("Q4_0", "Q8_0", "Q5_1", "F16")
+        if (found := known.nearest_types(inventory, name))
     }
     maps |= mixed_plans(inventory, 4)
     worst = 0.0
     with tempfile.TemporaryDirectory(prefix="memory-", dir=args.workdir) as folder:
         path = Path(folder) / "shapes.gguf"
         for label, types in maps.items():
-            timing.write_shapes(inventory, types, path)
+            shapes.write_shapes(inventory, types, path)
             for n_ctx in (512, 4096):
                 predicted = memory.memory_use(
                     known, inventory, types, path.stat().st_size, n_ctx

@@ -16,14 +16,17 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import spearmanr
 
-from apreqel import llama, pipeline
-from apreqel.console import Reporter
-from apreqel.device import timing
+from apreqel import pipeline
+from apreqel.console.terminal import Reporter
+from apreqel.device.real_runs import time_file
+from apreqel.llama import engine
 from apreqel.model.qtypes import lookup
-from apreqel.sensitivity import bench as probing
 from apreqel.sensitivity import calibration
+from apreqel.sensitivity.bench import opened_bench, scratch_copy
 from apreqel.sensitivity.calibration import TokenSet
+from apreqel.sensitivity.damage import DamageModel
 from apreqel.sensitivity.measure import ProbeSettings
+from apreqel.sensitivity.measurement import require_probed_model
 
 
 def main() -> None:
@@ -34,39 +37,36 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=60)
     args = parser.parse_args()
     with pipeline.open_workspace(
-        args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
+        args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
     ) as space:
-        state, imatrix = pipeline.require_measured(space)
+        probed = require_probed_model(space)
+        tensors = probed.sensitivity.tensors
         pairs = [
-            (name, kind)
-            for name, tensor in state.tensors.items()
-            for kind in tensor.errors.weights
-            if kind not in tensor.probes
+            (name, type_name)
+            for name, tensor in tensors.items()
+            for type_name in tensor.errors.weights
+            if type_name not in tensor.probes
         ]
         random = np.random.default_rng(0)
         chosen = [pairs[i] for i in random.choice(len(pairs), args.pairs, replace=False)]
         # Probes alone are compared with probes: what kernels add is left out.
-        tensors = {
-            name: replace(t, errors=replace(t.errors, kernels={}))
-            for name, t in state.tensors.items()
-        }
-        dequantised = replace(state, tensors=tensors, knots=()).model
+        dequantised = DamageModel(
+            {n: replace(t, errors=replace(t.errors, kernels={})) for n, t in tensors.items()}
+        )
         with (
-            probing.scratch_copy(space.inventory, space.folder, space.n_threads) as scratch,
-            llama.LoadedModel(scratch, patchable=True) as model,
+            scratch_copy(space) as scratch,
+            engine.LoadedModel(scratch, patchable=True) as model,
         ):
             tokens = ProbeSettings().split(model, calibration.bundled_texts()).probe
             if args.text is not None:
                 chunks = calibration.chunks_of(model, [calibration.read_text(args.text)], 64)
                 chunks = chunks[calibration.spread(len(chunks), 32)]
                 tokens = TokenSet.scored_from(4, args.text.name, chunks)
-            with probing.opened_bench(
-                space.inventory, scratch, model, tokens, imatrix, space.n_threads
-            ) as bench:
+            with opened_bench(space, scratch, model, tokens, probed.imatrix) as bench:
                 reference = bench.reference(tokens, scratch.parent)
                 measured, seconds = [], []
                 for i, (name, kind) in enumerate(chosen):
-                    space.on_progress("probing", i, len(chosen))
+                    space.progress("probing", i, len(chosen))
                     started = time.perf_counter()
                     result = bench.probe(name, lookup(kind), reference)
                     seconds.append(time.perf_counter() - started)
@@ -76,7 +76,7 @@ def main() -> None:
                     started = time.perf_counter()
                     bench.probe(chosen[0][0], lookup("Q8_0"), reference)
                     probing_rate = tokens.tokens.size / (time.perf_counter() - started)
-                    run, _ = timing.time_file(space.model, space.n_threads, 512)
+                    run, _ = time_file(space.model, space.n_threads, 512)
                     rates.append((probing_rate, 1 / run.prefill))
     damages = [dequantised.damage(name, kind) for name, kind in chosen]
     predicted = np.array([d.nats for d in damages])

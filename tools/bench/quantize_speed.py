@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from apreqel import llama, quantize
+from apreqel import quantize
+from apreqel.llama.stock import stock_quantize, stock_types
 from apreqel.model.gguf_header import STRING, UINT32, TensorRecord, encode_header, encode_kv
 from apreqel.model.imatrix import Imatrix, ImatrixEntry
 from apreqel.model.inventory import Inventory, read_inventory
@@ -76,7 +77,7 @@ def main() -> None:
         model = args.model or synthetic(folder / "model.gguf", args.synthetic)
         inventory = read_inventory(model)
         imatrix = imatrix_of(inventory)
-        types = llama.stock_types(model, args.preset, has_imatrix_for=list(imatrix.entries))
+        types = stock_types(model, args.preset, has_imatrix_for=list(imatrix.entries))
         kinds = [(f"^{t.name}$", lookup(types[t.name]).ggml_id) for t in inventory.quantizable]
         weights = {n: w for n in imatrix.entries if (w := imatrix.weights(n)) is not None}
         ours, theirs, memory = [], [], 0
@@ -87,7 +88,7 @@ def main() -> None:
                 force=True,
             )  # fmt: skip
             middle = time.perf_counter()
-            llama.stock_quantize(
+            stock_quantize(
                 model, folder / "b.gguf", "Q8_0", imatrix=weights, n_threads=args.threads,
                 tensor_types=kinds,
             )  # fmt: skip

@@ -15,11 +15,14 @@ from pathlib import Path
 from statistics import median
 
 from apreqel import quantize
-from apreqel.console import Reporter
+from apreqel.console.terminal import Reporter
 from apreqel.device.machine import default_threads
-from apreqel.device.timing import RealRun, measure_profile, timed_types
+from apreqel.device.real_runs import RealRun
+from apreqel.device.shapes import timed_types
+from apreqel.device.timing import measure_profile
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup
+from apreqel.workspace import Workspace
 
 
 def mixed_plans(inventory: Inventory, count: int) -> dict[str, dict[str, str]]:
@@ -60,12 +63,9 @@ def main() -> None:
             )
         runs: dict[str, RealRun] = {}
         profile = measure_profile(
-            inventory,
-            folder,
-            n_threads=args.threads,
+            Workspace(inventory, "", folder, args.threads, progress=report),
             also={label: folder / f"{label}.gguf" for label in plans},
-            real_runs=runs,
-            on_progress=report,
+            also_runs=runs,
         )
         report.finish()
     print(profile.notes[-1])

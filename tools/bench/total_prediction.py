@@ -14,9 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from apreqel import pipeline
-from apreqel.console import Reporter
-from apreqel.plan import planner
+from apreqel.console.terminal import Reporter
+from apreqel.evaluate.real_files import FileBench
+from apreqel.plan.make_plan import make_plan
 from apreqel.plan.request import PlanRequest
+from apreqel.plan.solve import solve_request
+from apreqel.sensitivity.measurement import require_probed_model
 
 
 def main() -> None:
@@ -26,22 +29,21 @@ def main() -> None:
     parser.add_argument("--plans", type=int, default=10)
     args = parser.parse_args()
     with pipeline.open_workspace(
-        args.model, workdir=args.workdir, allow_requantize=True, on_progress=Reporter()
+        args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
     ) as space:
-        state, imatrix = pipeline.require_measured(space)
+        probed = require_probed_model(space)
         errors, held = [], []
-        with pipeline.trials_of(space, state, imatrix) as trials:
+        with FileBench(probed) as bench:
             for bits in np.linspace(4.6, 8.0, args.plans):
                 request = PlanRequest("accuracy", target_bpw=float(bits))
-                made = planner.Planner(
-                    space.inventory, state, imatrix, request, space.folder
-                ).plan()
-                real = trials.measure("tried", made.types).kld
-                low, high = made.kld_interval
-                errors.append(made.kld_nats / real.mean - 1)
+                planner = pipeline.planner_of(probed, request, None)
+                made = make_plan(planner, solve_request(planner))
+                real = bench.measure("tried", made.types).kld
+                low, high = made.damage_interval
+                errors.append(made.damage_nats / real.mean - 1)
                 held.append(low <= real.mean <= high)
                 print(
-                    f"{bits:.2f} bits per weight: predicted {made.kld_nats:.5f} ({low:.5f} to "
+                    f"{bits:.2f} bits per weight: predicted {made.damage_nats:.5f} ({low:.5f} to "
                     f"{high:.5f}), measured {real.mean:.5f} ({errors[-1]:+.1%})",
                     flush=True,
                 )

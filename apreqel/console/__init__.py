@@ -1,0 +1,1 @@
+"""What a person sees: the printing itself (`terminal`), and how each command's result is shown."""

@@ -1,0 +1,136 @@
+"""Progress on stderr, results on stdout as text, tables or JSON. All views print through this."""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TextIO
+
+from apreqel.artifacts import plain
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from apreqel.estimates import Range
+
+# Without a terminal, a progress line this often: enough for a log, not a flood.
+_SECONDS_BETWEEN_LINES = 15.0
+_BAR_CELLS = 16
+_CLEAR_LINE = "\r\033[2K"
+
+# What a shell reports of any filter whose reader went away.
+READER_GONE = 128 + signal.SIGPIPE
+
+
+class Reporter:
+    """Progress with the time left: one moving line on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self._quiet, self._live = quiet, sys.stderr.isatty()
+        self._what, self._started, self._first = "", 0.0, 0
+        self._printed = 0.0
+        atexit.register(self.finish)
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if what != self._what:
+            self.finish()
+            self._what, self._started, self._first, self._printed = what, now, done, 0.0
+        if self._quiet or (not self._live and now - self._printed < _SECONDS_BETWEEN_LINES):
+            return
+        if self._live and now - self._printed < 0.1 and done < total:
+            return
+        self._printed = now
+        line = f"{what}{self._amount(done, total, now)}"
+        _put(f"{_CLEAR_LINE}{line}" if self._live else f"{line}\n", sys.stderr)
+
+    def _amount(self, done: int, total: int, now: float) -> str:
+        if total <= 1:
+            return " ..."
+        text = f": {done} of {total}" if total < 10**7 else f": {100 * done // total}%"
+        steps = done - self._first
+        if steps > 0 and done < total:
+            left = (now - self._started) / steps * (total - done)
+            text += f", {duration(left)} left"
+        return text
+
+    def finish(self) -> None:
+        """Leave the moving line behind."""
+        if self._live and self._what and not self._quiet:
+            _put(_CLEAR_LINE, sys.stderr)
+
+
+def answer(
+    as_json: bool,
+    show: Callable[..., None],
+    *found: Any,
+    data: Callable[..., Any] = lambda first, *_: first,
+) -> None:
+    """What a command found: shown, or as JSON what `data` makes of it (the first value itself)."""
+    if as_json:
+        _put(json.dumps(plain(data(*found)), indent=1) + "\n", sys.stdout)
+    else:
+        show(*found)
+
+
+def write(*parts: str | Table) -> None:
+    """Lines and tables on stdout."""
+    from rich.console import Console
+
+    # A pipe or a log has no width: tables are not cut there, and text is never broken up.
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
+    with console.capture() as text:
+        console.print(*parts, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
+    _put(text.get(), sys.stdout)
+
+
+def table(*columns: str) -> Table:
+    """An empty table; numbers to the right, words and bars (columns without a name) to the left."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    made = Table(box=SIMPLE_HEAD, pad_edge=False)
+    for i, column in enumerate(columns):
+        left = i == 0 or not column or column == "remarks"
+        made.add_column(column, justify="left" if left else "right", overflow="fold")
+    return made
+
+
+def _put(text: str, stream: TextIO) -> None:
+    """Write at once; where nobody reads any more (`| head -1`), end the command without a word."""
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())  # Python flushes what is left when it ends
+        sys.exit(READER_GONE)
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return (
+        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    )
+
+
+def size(size_bytes: float) -> str:
+    return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def with_interval(value: Range, digits: int = 1) -> str:
+    return f"{value.value:.{digits}f} ({value.low:.{digits}f}-{value.high:.{digits}f})"
+
+
+def bar(part: float) -> str:
+    return "█" * max(1, round(_BAR_CELLS * part))

@@ -1,0 +1,158 @@
+"""Device profiles at hand: measured here, taken over from other machines, come with apreqel.
+
+The user's own are kept in the data folder that the system has for such files, one a device and
+number of threads.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from apreqel import artifacts
+from apreqel.device import timing
+from apreqel.device.machine import default_threads, this_device
+from apreqel.device.profile import DeviceProfile
+from apreqel.device.shapes import standard_model
+from apreqel.errors import UsageError, printable
+from apreqel.model.inventory import Inventory, find_model, read_inventory
+from apreqel.progress import Progress
+from apreqel.workspace import Workspace, opened
+
+
+def store_folder() -> Path:
+    """Where measured and imported profiles are kept, by the system's custom."""
+    if sys.platform == "darwin":
+        base = Path.home() / "Library" / "Application Support"
+    else:
+        base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+    return base / "apreqel" / "profiles"
+
+
+def bundled_folder() -> Path:
+    """Profiles of common devices that come with apreqel."""
+    installed = Path(__file__).parents[1] / "device_profiles"
+    return installed if installed.is_dir() else Path(__file__).parents[2] / "device_profiles"
+
+
+# --- by name -------------------------------------------------------------------------------------
+
+
+def safe_name(name: str) -> str:
+    """A profile's name as a file's name: an imported one is not to be trusted."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "imported"
+
+
+def list_profiles() -> list[tuple[str, Path]]:
+    """(name, file) of every profile at hand, the user's own first."""
+    found: dict[str, Path] = {}
+    for folder in (store_folder(), bundled_folder()):
+        for path in sorted(folder.glob("*.json")):
+            if path.stem != "schema":
+                found.setdefault(path.stem, path)
+    return list(found.items())
+
+
+def load_named(name: str) -> DeviceProfile:
+    """A profile by its name or file. Raises UsageError, ArtifactError."""
+    if name.endswith(".json"):
+        return DeviceProfile.load(Path(name))
+    at_hand = dict(list_profiles())
+    if name not in at_hand:
+        known = ", ".join(at_hand) or "none yet"
+        raise UsageError(f"device {printable(name)!r}: no such profile; there are: {known}")
+    return DeviceProfile.load(at_hand[name])
+
+
+def named_profile(name: str, model: str | None) -> tuple[DeviceProfile, Inventory]:
+    """A profile at hand and the model to predict for: standard shapes where none is given."""
+    found = load_named(name)
+    if model is not None:
+        return found, read_inventory(find_model(model))
+    with standard_model() as inventory:
+        return found, inventory
+
+
+def import_profile(path: Path) -> tuple[str, Path]:
+    """Check another device's profile and keep it under its own name. Raises ArtifactError."""
+    found = DeviceProfile.load(path)
+    target = store_folder() / f"{safe_name(found.name)}.json"
+    found.save(target)
+    return target.stem, target
+
+
+# --- of this device ------------------------------------------------------------------------------
+
+
+def own_profiles(n_threads: int | str = "*") -> Iterator[DeviceProfile]:
+    """What was measured on this very device with this llama.cpp, with any number of threads."""
+    if any(store_folder().glob("*.json")):
+        _, fingerprint = this_device()
+        for path in sorted(store_folder().glob(f"*-{n_threads}t-{fingerprint[:6]}.json")):
+            if (found := DeviceProfile.load(path)).fingerprint == fingerprint:
+                yield found
+
+
+def stored_profile(n_threads: int) -> DeviceProfile | None:
+    """What was measured on this very device with so many threads."""
+    return next(own_profiles(n_threads), None)
+
+
+def tuned_profile() -> DeviceProfile | None:
+    """The stored profile of this device whose number of threads was tuned, not given."""
+    return next((p for p in own_profiles() if p.thread_seconds), None)
+
+
+def usual_threads() -> int:
+    """Threads that this device was tuned to, or else one a physical core."""
+    tuned = tuned_profile()
+    return tuned.n_threads if tuned else default_threads()
+
+
+def with_threads(space: Workspace, n_threads: int | None) -> Workspace:
+    """The same with so many threads; None: as many as this device was, or may be, tuned to."""
+    return replace(space, n_threads=n_threads or usual_threads(), tune_threads=n_threads is None)
+
+
+def profile_of(space: Workspace, *, again: bool = False) -> DeviceProfile:
+    """This device's profile with this model in it: the stored one, completed where it lacks.
+
+    Raises LockedError where another apreqel is timing: two would disturb each other.
+    """
+    if space.tune_threads and (tuned := tuned_profile()):
+        space = replace(space, n_threads=tuned.n_threads, tune_threads=False)
+    with artifacts.lock(store_folder() / ".lock"):
+        known = None if space.tune_threads else stored_profile(space.n_threads)
+        if known and not again and known.is_complete(space.inventory):
+            return known
+        measured = timing.measure_profile(space, known=None if again else known)
+        if known:
+            measured = known.merged(measured)
+        measured.save(store_folder() / f"{measured.name}.json")
+    return measured
+
+
+def profile_for(space: Workspace, name: str | None, *, needed: bool) -> DeviceProfile | None:
+    """The profile to plan with: a named device's, this one's, or what there is of this one."""
+    if name is not None:
+        return load_named(name)
+    if needed:
+        return profile_of(space)
+    known = stored_profile(space.n_threads)
+    return known if known and known.covers(space.inventory) else None
+
+
+def profile_model(
+    model: str | None, folder: Path | None, n_threads: int | None, again: bool, progress: Progress
+) -> tuple[DeviceProfile, Inventory]:
+    """This device's profile with `model` in it, or with shapes of common small models."""
+    if model is not None:
+        with opened(model, folder, allow_requantize=True, progress=progress) as space:
+            return profile_of(with_threads(space, n_threads), again=again), space.inventory
+    with standard_model() as inventory:
+        space = Workspace(inventory, "", inventory.files[0].parent, progress=progress)
+        return profile_of(with_threads(space, n_threads), again=again), inventory

@@ -1,0 +1,161 @@
+"""The plan of what was solved: its types, what is predicted of its file, and what to know of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
+
+from apreqel.artifacts import Provenance
+from apreqel.device.memory import memory_use
+from apreqel.device.profile import DeviceProfile
+from apreqel.model.qtypes import USUAL_CACHES, lookup
+from apreqel.plan.options import CACHES
+from apreqel.plan.plan import Plan, encode_metadata, map_digest
+from apreqel.plan.planner import Planner
+from apreqel.plan.solve import Solved
+from apreqel.sensitivity.kv_cache import USUAL
+
+_CACHE_NOTE = (
+    "speeds are predicted for an F16 cache (this device profile has no other): attention over "
+    "another one is slower, in long contexts and prompts much slower"
+)
+
+
+def make_plan(planner: Planner, solved: Solved, types: Mapping[str, str] | None = None) -> Plan:
+    """The plan of what was solved; with `types`, of that map instead, written without GPTQ."""
+    probed, inventory, experts = planner.probed, planner.inventory, planner.experts
+    solved = solved.with_types(types) if types else solved
+    picked = solved.options.types_of(solved.solution)
+    cache_types = picked.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
+    chosen, gptq = inventory.types | picked, planner.request.gptq and not types
+    imatrix_sha256 = probed.sensitivity.imatrix_sha256
+    digest = map_digest(chosen, imatrix_sha256, experts.used if experts else None, gptq)
+    metadata = planner.metadata | {"apreqel.plan": digest}
+    tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
+    beside = _cache_and_experts_nats(planner, solved)
+    predicted = planner.damage.predicted(chosen, gptq)
+    low, high = predicted.interval
+    made = Plan(
+        provenance=Provenance(
+            probed.space.sha256,
+            probed.sensitivity.provenance.llama_build,
+            settings=asdict(planner.request),
+        ),
+        types=chosen,
+        prefer=planner.request.prefer,
+        limits={limit.name: limit.at_most for limit in solved.limits},
+        binding=list(solved.binding()),
+        size_bytes=inventory.output_size(chosen, encode_metadata(metadata)),
+        bits_per_weight=8 * tensor_bytes / inventory.n_weights,
+        damage_nats=predicted.nats + beside,
+        damage_interval=(low + beside, high + beside),
+        cache_and_experts_nats=beside,
+        limit_factor=solved.limit_factor,
+        sensitivity_digest=probed.sensitivity.digest,
+        measured_files=[file.key for file in solved.options.damage.files],
+        swaps=list(planner.damage.swaps),
+        metric=planner.damage.metric,
+        gptq=gptq,
+        gap=solved.solution.gap,
+        solver_seconds=solved.solution.seconds,
+        imatrix_sha256=imatrix_sha256,
+        metadata=metadata,
+        model_files=[str(f.resolve()) for f in inventory.files],
+        workdir=str(probed.space.folder.resolve()),
+        cache_types=cache_types,
+        experts=experts,
+        notes=[*_measurement_notes(planner, chosen), *(_gptq_notes(planner) if gptq else [])],
+    )
+    return made if planner.profile is None else _on_device(made, planner, planner.profile)
+
+
+def _cache_and_experts_nats(planner: Planner, solved: Solved) -> float:
+    options = solved.options
+    if CACHES not in options.names:
+        return planner.experts_nats
+    chosen = float(options.damages[-1][solved.solution.choice[-1]])
+    return planner.experts_nats + options.cache_scale * chosen
+
+
+def _on_device(made: Plan, planner: Planner, profile: DeviceProfile) -> Plan:
+    """The plan with its speed and memory, as the device's profile predicts them."""
+    inventory, request = planner.inventory, planner.request
+    speed, own_speed = (
+        profile.predict(
+            model,
+            made.types,
+            request.decode_context,
+            n_prompt=request.workload[0],
+            caches=made.cache_types,
+        )
+        for model in (planner.running, inventory)
+    )
+    memory = None
+    if profile.covers(inventory):
+        memory = memory_use(
+            profile, inventory, made.types, made.size_bytes, planner.n_ctx, made.cache_types
+        )
+    return replace(
+        made,
+        provenance=replace(made.provenance, device_fingerprint=profile.fingerprint),
+        device=profile.name,
+        n_threads=profile.n_threads,
+        speed=speed,
+        speed_with_own_experts=own_speed if planner.experts else None,
+        memory=memory,
+        notes=[*made.notes, *_cache_notes(planner, made.types, made.cache_types)],
+    )
+
+
+def _gptq_notes(planner: Planner) -> Iterator[str]:
+    yield "GPTQ compensates weights for their neighbours' rounding when the file is written"
+    left = [name for name, ratios in planner.damage.gptq_ratios.items() if not ratios]
+    if left:
+        yield (
+            f"GPTQ leaves {len(left)} tensors as they are (first {left[0]}): the second moments of "
+            "their activations cannot be inverted, or nothing reads them"
+        )
+
+
+def _measurement_notes(planner: Planner, types: Mapping[str, str]) -> Iterator[str]:
+    """What the reader of a plan should know about the measurements behind it."""
+    found = planner.probed.sensitivity
+    damages = [planner.damage.damage(name, types.get(name, "")) for name in found.tensors]
+    unresolved = sum(not damage.is_resolved for damage in damages)
+    if unresolved:
+        yield (
+            f"the damage of {unresolved} of {len(types)} tensors is not resolved (known to worse "
+            "than a factor of three); apreqel probe --effort thorough measures more"
+        )
+    if found.excluded:
+        yield f"{len(found.excluded)} probes failed and were left out"
+    coverage = found.coverage
+    if coverage and coverage.n_unseen_experts:
+        yield (
+            f"{coverage.n_unseen_experts} of {coverage.n_experts} experts were never chosen by the "
+            "calibration text; they weigh 1"
+        )
+    if coverage and coverage.n_zero_columns:
+        yield f"{coverage.n_zero_columns} imatrix columns were zero and were substituted"
+
+
+def _cache_notes(
+    planner: Planner, types: Mapping[str, str], cache_types: Sequence[str]
+) -> Iterator[str]:
+    """How fast a cache in other types than the usual is when the whole context is used."""
+    profile, inventory, n_ctx = planner.profile, planner.inventory, planner.n_ctx
+    if profile is None or set(cache_types) == {USUAL}:
+        return
+    if not profile.times_caches(inventory, cache_types):
+        yield _CACHE_NOTE
+        return
+    here, usual = (
+        profile.predict(inventory, types, n_ctx, n_prompt=n_ctx, caches=caches)
+        for caches in (cache_types, USUAL_CACHES)
+    )
+    if here and usual:
+        yield (
+            f"at the whole context of {n_ctx} tokens this KV cache decodes "
+            f"{here.decode.value:.1f} tokens/s and prefills {here.prefill.value:.1f}; one in F16 "
+            f"{usual.decode.value:.1f} and {usual.prefill.value:.1f}"
+        )

@@ -1,0 +1,60 @@
+"""Which probes to make next: where what is not known about a pair could change plans.
+
+At the price that size has in a plan, every type of a tensor costs damage + price x bytes. A pair is
+worth probing by the gain expected of finding that it beats the chosen type, or is beaten (expected
+improvement, Jones et al. 1998), over plans along a ladder of sizes.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from apreqel.model.inventory import Inventory
+from apreqel.model.qtypes import lookup
+from apreqel.sensitivity.damage import damage_model, expected_gain
+from apreqel.sensitivity.measurement import Sensitivity
+from apreqel.solver.knapsack import Limit, priced, solve
+
+# Plans whose choices further probes are to settle, in bits per weight of the quantised tensors.
+LADDER_BITS = (3.5, 4.0, 4.5, 5.0, 5.5, 6.0, 6.75, 7.5)
+# No more probes once no pair is expected to gain this part of a ladder plan's damage.
+_SETTLED = 2e-5
+
+
+def decisive_pairs(
+    sensitivity: Sensitivity, inventory: Inventory, count: int
+) -> list[tuple[str, str]]:
+    """At most `count` (tensor, type) pairs not yet probed on the whole text, the best first."""
+    model = damage_model(sensitivity)
+    names = list(sensitivity.tensors)
+    types = [sensitivity.usable_types(name) for name in names]
+    sizes = [
+        np.array([lookup(t).size_bytes(inventory.by_name[n].shape) for t in row], float)
+        for n, row in zip(names, types, strict=True)
+    ]
+    tables = [[model.damage(n, t) for t in row] for n, row in zip(names, types, strict=True)]
+    damages = [np.array([d.nats for d in row]) for row in tables]
+    deviations = [np.array([d.nats * min(d.log_deviation, 1.5) for d in row]) for row in tables]
+    n_weights = sum(inventory.by_name[n].n_elements for n in names)
+    gains: dict[tuple[str, str], float] = {}
+    for bits in LADDER_BITS:
+        limit = Limit("size", sizes, bits * n_weights / 8)
+        if limit.at_most < sum(s.min() for s in sizes):
+            continue
+        solution = solve(damages, [limit], gap_wanted=1e-3)
+        for i, name in enumerate(names):
+            cost, chosen = priced(i, damages, [limit], solution), solution.choice[i]
+            behind = np.maximum(0.0, cost - cost[chosen])
+            others = np.delete(cost, chosen)
+            ahead = max(0.0, float(others.min()) - cost[chosen]) if len(others) else np.inf
+            behind[chosen] = ahead
+            expected = expected_gain(behind, deviations[i]) / max(solution.objective, 1e-12)
+            for t, gain in zip(types[i], expected, strict=True):
+                gains[name, t] = max(gains.get((name, t), 0.0), float(gain))
+
+    def is_open(pair: tuple[str, str]) -> bool:
+        known = sensitivity.tensors[pair[0]].probes.get(pair[1])
+        return known is None or len(known.kld) < len(sensitivity.probe_tokens)
+
+    best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]
+    return [pair for pair in best if gains[pair] > _SETTLED]
