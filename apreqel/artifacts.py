@@ -15,7 +15,7 @@ import secrets
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
@@ -58,48 +58,6 @@ class Provenance:
 # --- JSON files ----------------------------------------------------------------------------------
 
 
-def save(path: Path, kind: str, provenance: Provenance, data: Mapping[str, Any]) -> None:
-    """Write an artifact atomically. Raises OutputError."""
-    document = {
-        "kind": f"apreqel {kind}",
-        "schema_version": SCHEMA_VERSIONS[kind],
-        "provenance": asdict(provenance),
-        "data": data,
-    }
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    write_atomically(path, text.encode())
-
-
-def load(path: Path, kind: str, model_sha256: str | None = None) -> tuple[Provenance, Any]:
-    """Read an artifact back. Raises ArtifactError; `model_sha256` refuses another model's."""
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise ArtifactError(f"{path}: no such {kind} file") from None
-    except (ValueError, OSError) as error:
-        raise ArtifactError(f"{path}: not a readable {kind} file ({error}); delete it") from error
-    if not isinstance(document, dict) or document.get("kind") != f"apreqel {kind}":
-        found = document.get("kind") if isinstance(document, dict) else type(document).__name__
-        raise ArtifactError(f"{path}: field kind is {found!r}, expected 'apreqel {kind}'")
-    version = document.get("schema_version")
-    if version != SCHEMA_VERSIONS[kind]:
-        raise ArtifactError(
-            f"{path}: schema_version {version!r}; this apreqel reads {SCHEMA_VERSIONS[kind]}; "
-            "measure again or use the apreqel that wrote it"
-        )
-    try:
-        provenance = Provenance(**document["provenance"])
-        data = document["data"]
-    except (KeyError, TypeError) as error:
-        raise ArtifactError(f"{path}: field provenance or data is damaged ({error})") from error
-    if model_sha256 is not None and provenance.model_sha256 != model_sha256:
-        raise ArtifactError(
-            f"{path}: made for the model with SHA-256 {provenance.model_sha256[:12]}, "
-            f"this model has {model_sha256[:12]}; use another --workdir or delete the file"
-        )
-    return provenance, data
-
-
 @dataclass(frozen=True)
 class Record:
     """What a step measured or decided, kept as an artifact of the kind that the class names."""
@@ -110,15 +68,47 @@ class Record:
     ADVICE: ClassVar[str] = "delete it"  # where the file is damaged
 
     def save(self, path: Path) -> None:
-        """Raises OutputError."""
-        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "provenance"}
-        save(path, self.KIND, self.provenance, {name: plain(v) for name, v in data.items()})
+        """Write it atomically. Raises OutputError."""
+        data = plain(self)
+        document = {
+            "kind": f"apreqel {self.KIND}",
+            "schema_version": SCHEMA_VERSIONS[self.KIND],
+            "provenance": data.pop("provenance"),
+            "data": data,
+        }
+        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+        write_atomically(path, text.encode())
 
     @classmethod
     def load(cls, path: Path, model_sha256: str | None = None) -> Self:
-        """Raises ArtifactError; `model_sha256` refuses another model's."""
-        provenance, data = load(path, cls.KIND, model_sha256)
-        with understood(f"{path}: {cls.KIND}", cls.ADVICE):
+        """Read it back. Raises ArtifactError; `model_sha256` refuses another model's."""
+        kind = cls.KIND
+        try:
+            document = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise ArtifactError(f"{path}: no such {kind} file") from None
+        except (ValueError, OSError) as error:
+            message = f"{path}: not a readable {kind} file ({error}); delete it"
+            raise ArtifactError(message) from error
+        found = document.get("kind") if isinstance(document, dict) else type(document).__name__
+        if found != f"apreqel {kind}":
+            raise ArtifactError(f"{path}: field kind is {found!r}, expected 'apreqel {kind}'")
+        version = document.get("schema_version")
+        if version != SCHEMA_VERSIONS[kind]:
+            raise ArtifactError(
+                f"{path}: schema_version {version!r}; this apreqel reads {SCHEMA_VERSIONS[kind]}; "
+                "measure again or use the apreqel that wrote it"
+            )
+        try:
+            provenance, data = Provenance(**document["provenance"]), document["data"]
+        except (KeyError, TypeError) as error:
+            raise ArtifactError(f"{path}: field provenance or data is damaged ({error})") from error
+        if model_sha256 is not None and provenance.model_sha256 != model_sha256:
+            raise ArtifactError(
+                f"{path}: made for the model with SHA-256 {provenance.model_sha256[:12]}, "
+                f"this model has {model_sha256[:12]}; use another --workdir or delete the file"
+            )
+        with understood(f"{path}: {kind}", cls.ADVICE):
             hints = get_type_hints(cls)
             return cls(provenance, **{n: from_json(hints[n], v, n) for n, v in data.items()})
 
@@ -182,12 +172,10 @@ def understood(what: str, advice: str = "delete it") -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Make `path`, whole and on disk or not at all. Raises OutputError."""
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with new_file(path, tag=f".{secrets.token_hex(4)}") as part, open(part, "xb") as file:
             file.write(content)
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 @contextmanager
@@ -199,27 +187,19 @@ def new_file(path: Path, *, replace: bool = True, tag: str = "") -> Iterator[Pat
     symlink. Raises OutputError, without `replace` also where there is something at `path` by then.
     """
     part = path.with_name(f".{path.name}{tag}.part")
-    try:
+    with _writing(part):
         part.unlink(missing_ok=True)
-    except OSError as error:
-        raise output_error(part, error) from error
     try:
         yield part
-        _put_into_place(part, path, replace)
+        with _writing(path):
+            _sync(part)
+            if replace:
+                os.replace(part, path)
+            else:
+                _move_where_nothing_is(part, path)
+            _sync(path.parent)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _put_into_place(part: Path, path: Path, replace: bool) -> None:
-    try:
-        _sync(part)
-        if replace:
-            os.replace(part, path)
-        else:
-            _move_where_nothing_is(part, path)
-        _sync(path.parent)
-    except OSError as error:
-        raise output_error(path, error) from error
 
 
 def _move_where_nothing_is(part: Path, path: Path) -> None:
@@ -241,6 +221,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Raise OutputError where something within cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise output_error(path, error) from error
 
 
 def output_error(path: Path | str, error: OSError) -> OutputError:
@@ -273,11 +262,9 @@ def lock(path: Path, *, remove: bool = False) -> Iterator[int]:
     Gives its descriptor: a child that inherits it holds the lock for as long as it lives. Raises
     LockedError where another process holds it.
     """
-    try:
+    with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b")
-    except OSError as error:
-        raise output_error(path, error) from error
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -305,24 +292,30 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _ModelHash(Record):
+    KIND = "model-hash"
+
+    files: Sequence[tuple[str, int, int, int]]
+    sha256: str
+
+
 def model_sha256(files: tuple[Path, ...], cache: Path) -> str:
     """SHA-256 of a model: of its one file, or of its shards' digests in order.
 
     Kept in `cache` and trusted as long as each file's size, time of change and inode stand.
     """
     marks = [
-        [str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino] for f in files for s in (f.stat(),)
+        (str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in (f.stat(),)
     ]
-    try:
-        _, known = load(cache, "model-hash")
-        if known["files"] == marks:
-            return str(known["sha256"])
-    except (ArtifactError, KeyError, TypeError):
-        pass
+    with suppress(ArtifactError):
+        known = _ModelHash.load(cache)
+        if known.files == marks:
+            return known.sha256
     digests = [file_sha256(f) for f in files]
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()
     digest = digests[0] if len(digests) == 1 else joined
-    save(cache, "model-hash", Provenance(digest), {"files": marks, "sha256": digest})
+    _ModelHash(Provenance(digest), marks, digest).save(cache)
     return digest
 
 

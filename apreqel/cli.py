@@ -137,27 +137,20 @@ def plan(
     found: tuple[Any, ...]
     effort, check = effort_from(wishes.effort, wishes.minutes), not wishes.unchecked
     require_compatible(wishes)
+    metric, refine = wishes.metric, wishes.refine
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = request_of(wishes, space.inventory)
         probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
-        metric = wishes.metric
-        asked = (
-            probed,
-            request,
-            store.profile_for(space, wishes.device, needed=request.needs_profile),
-        )
+        profile = store.profile_for(space, wishes.device, needed=request.needs_profile)
+        asked = probed, request, profile
         if wishes.front:
             show, found = view.show_front, (pipeline.front(*asked, metric),)
         elif wishes.ladder:
             made = pipeline.ladder(*asked, wishes.ladder, check=check, metric=metric)
             show, found = view.show_ladder, tuple(zip(*made, strict=True))
         else:
-            show, found = (
-                view.show,
-                pipeline.plan(
-                    *asked, output=output, check=check, refine=wishes.refine, metric=metric
-                ),
-            )
+            found = pipeline.plan(*asked, output=output, check=check, refine=refine, metric=metric)
+            show = view.show
     answer(json, show, *found)
 
 
@@ -231,14 +224,9 @@ def verify(
     expected, original = _expected(gguf, model, plan)
     folder = workdir or (Path(expected.workdir) if expected else None)
     with _workspace(original, folder, threads, True, quiet) as space:
-        report = pipeline.verify(
-            space,
-            find_model(str(gguf)),
-            text=_verify_text(verify_text),
-            against=against or [],
-            settings=VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed),
-            expected=expected,
-        )
+        settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
+        trial = pipeline.Trial(_verify_text(verify_text), against or [], settings)
+        report = pipeline.verify(space, find_model(str(gguf)), trial, expected)
     answer(json, view.show, report)
 
 
@@ -295,16 +283,16 @@ def auto(
     from apreqel.plan.request import request_of
     from apreqel.sensitivity.measure import effort_from
 
+    presets, settings = ["Q4_K_M"] if against is None else against, VerifySettings(n_scored=tokens)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
+        trial = pipeline.Trial(_verify_text(verify_text), presets, settings)
         result = pipeline.auto(
             space,
             request_of(wishes, space.inventory),
             device=wishes.device,
             effort=effort_from(wishes.effort, wishes.minutes),
             texts=_texts(text),
-            text=_verify_text(verify_text),
-            against=against if against is not None else ["Q4_K_M"],
-            settings=VerifySettings(n_scored=tokens),
+            trial=trial,
             output=output,
             force=force,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from apreqel.model import recipes
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.plan.front import Front, ladder_sizes, pareto_front
 from apreqel.plan.make_plan import make_plan
+from apreqel.plan.options import CACHES
 from apreqel.plan.plan import PLAN_FILE, Plan
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest, request_from, require_presets
@@ -39,10 +40,7 @@ from apreqel.sensitivity.experts import expert_use
 from apreqel.sensitivity.gptq import Gptq
 from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity, cache_sensitivity
 from apreqel.sensitivity.measure import Effort, ProbeSettings, measure
-from apreqel.sensitivity.measurement import (
-    ProbedModel,
-    require_probed_model,
-)
+from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.workspace import Workspace
 
 # Plans along a ladder that probing tries as real files.
@@ -84,11 +82,11 @@ def probe(
     probed = measure(
         space, texts=texts, settings=settings, effort=effort, imatrix_file=imatrix_file
     )
-    # Where --minutes cut probing short there is no time for files either.
-    count = 0 if probed.sensitivity.cut_short else _LADDER_FILES[effort.name]
+    found, count = probed.sensitivity, _LADDER_FILES[effort.name]
     with FileBench(probed) as bench:
-        if count:
-            measure_ladder(Planner(probed, damage_model(probed.sensitivity)), bench, count)
+        # Where --minutes cut probing short there is no time for files either.
+        if count and not found.cut_short:
+            measure_ladder(Planner(probed, damage_model(found)), bench, count)
     return probed
 
 
@@ -108,9 +106,8 @@ def planner_of(
         gptq_ratios=Gptq(probed).ratios().ratios if request.gptq else {},
         metric=metric,
     )
-    experts = None
-    if request.experts_used is not None:
-        experts = expert_use(probed.space, request.experts_used, bundled_texts())
+    n = request.experts_used
+    experts = None if n is None else expert_use(probed.space, n, bundled_texts())
     return Planner(probed, damage, request, profile, experts=experts)
 
 
@@ -138,9 +135,8 @@ def plan(
 def _file_bench(
     probed: ProbedModel, request: PlanRequest, check: bool
 ) -> AbstractContextManager[FileBench | None]:
-    if not check:
-        return nullcontext()
-    return FileBench(probed, Gptq(probed) if request.gptq else None)
+    gptq = Gptq(probed) if check and request.gptq else None
+    return FileBench(probed, gptq) if check else nullcontext()
 
 
 def _plan(
@@ -151,14 +147,11 @@ def _plan(
         planner = replace(planner, caches=cache_sensitivity(space, bundled_texts()))
     if request.longest_context:
         planner = with_longest_context(planner)
-    if bench is None:
-        made = make_plan(planner, solve_request(planner))
-    else:
-        made = confirmed_plan(planner, bench)
-        if refine or (refine is None and is_worthwhile(planner, made)):
-            _write_plan(made, path, space.inventory)
-            made = _refined(planner, made, bench, asked=bool(refine))
+    made = confirmed_plan(planner, bench) if bench else make_plan(planner, solve_request(planner))
     _write_plan(made, path, space.inventory)
+    if bench and (refine or (refine is None and is_worthwhile(planner, made))):
+        made = _refined(planner, made, bench, asked=bool(refine))
+        _write_plan(made, path, space.inventory)
     return made, path
 
 
@@ -169,21 +162,22 @@ def _refined(planner: Planner, made: Plan, bench: FileBench, *, asked: bool) -> 
         planner = refined(replace(planner, damage=damage), made.limit_factor)
         return better(made, confirmed_plan(planner, bench))
     except InfeasiblePlanError as error:
-        return replace(made, notes=[*made.notes, f"refining led to no plan ({error})"])
+        note = f"refining led to no plan ({error})"
     except ApreqelError as error:
         if asked:
             raise
         note = f"swaps around the plan could not be probed ({error})"
-        return replace(made, notes=[*made.notes, note])
+    return replace(made, notes=[*made.notes, note])
 
 
 def _write_plan(made: Plan, path: Path, inventory: Inventory) -> None:
     """The plan and its type map for other tools."""
     made.save(path)
-    lines = recipes.tensor_type_lines(made.types, inventory)
-    artifacts.write_atomically(path.with_suffix(".tensor-types.txt"), lines.encode())
-    joined = recipes.custom_q(made.types, inventory)
-    artifacts.write_atomically(path.with_suffix(".custom-q.txt"), joined.encode())
+    for suffix, text in (
+        (".tensor-types.txt", recipes.tensor_type_lines(made.types, inventory)),
+        (".custom-q.txt", recipes.custom_q(made.types, inventory)),
+    ):
+        artifacts.write_atomically(path.with_suffix(suffix), text.encode())
 
 
 def front(
@@ -237,20 +231,20 @@ def explained(path: Path) -> tuple[Solved, Plan, Inventory]:
     folder, sha256 = Path(made.workdir), made.provenance.model_sha256
     probed = require_probed_model(Workspace(inventory, sha256, folder, usual_threads()))
     files = [f for f in measured_files(probed).own if f.key in made.measured_files]
-    same = probed.sensitivity.digest == made.sensitivity_digest
-    if not same or len(files) != len(made.measured_files):
+    known = probed.sensitivity.digest, len(files)
+    if known != (made.sensitivity_digest, len(made.measured_files)):
         raise ArtifactError(
             f"{path}: what it was chosen from was measured anew since; plan again to explain it"
         )
-    request = request_from(made.provenance.settings)
+    request, kept = request_from(made.provenance.settings), folder / KV_FILE
     profile = load_named(made.device) if made.device else None
-    planner = replace(planner_of(probed, request, profile, made.metric), experts=made.experts)
+    planner = planner_of(probed, request, profile, made.metric)
     damage = replace(planner.damage, files=files, swaps=made.swaps)
-    if (folder / KV_FILE).exists():
-        planner = replace(planner, caches=CacheSensitivity.load(folder / KV_FILE, sha256))
-    solved = solve_request(replace(planner, damage=damage), made.limit_factor)
-    caches = {} if made.memory is None else {"KV cache": "/".join(made.cache_types)}
-    return solved.with_types({**made.types, **caches}), made, inventory  # as files decided
+    caches = CacheSensitivity.load(kept, sha256) if kept.exists() else None
+    planner = replace(planner, damage=damage, caches=caches, experts=made.experts)
+    solved = solve_request(planner, made.limit_factor)
+    types = {CACHES: "/".join(made.cache_types)} if made.memory else {}
+    return solved.with_types({**made.types, **types}), made, inventory  # as files decided
 
 
 def run_plan(
@@ -264,12 +258,12 @@ def run_plan(
 ) -> quantize.QuantizedModel:
     """Quantise as planned in `path`, with the imatrix of the folder it was made in."""
     made, inventory = load_plan(path)
-    folder = Path(made.workdir)
+    folder, expected = Path(made.workdir), made.provenance.model_sha256
     digest = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
-    if digest != made.provenance.model_sha256:
+    if digest != expected:
         raise ArtifactError(
-            f"{path}: made for the model with SHA-256 {made.provenance.model_sha256[:12]}, "
-            f"{inventory.files[0]} now has {digest[:12]}; plan again"
+            f"{path}: made for the model with SHA-256 {expected[:12]}, {inventory.files[0]} now "
+            f"has {digest[:12]}; plan again"
         )
     space = Workspace(inventory, digest, folder, n_threads, progress=progress)
     probed = require_probed_model(space)
@@ -277,8 +271,7 @@ def run_plan(
         raise ArtifactError(f"{folder}: does not hold the imatrix of {path.name}; plan again")
     target = output or default_output(space, made.prefer)
     quantize.check_job(inventory, made.types, target, probed.imatrix, force, allow_requantize)
-    gptq = Gptq(probed).compensated(made.types) if made.gptq else nullcontext(inventory)
-    with gptq as source:
+    with Gptq(probed).compensated(made.types) if made.gptq else nullcontext(inventory) as source:
         result = quantize.quantize_model(
             source,
             made.types,
@@ -305,50 +298,41 @@ def default_output(space: Workspace, prefer: str) -> Path:
 # --- measuring files -----------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Trial:
+    """How a file is measured: on which text, and beside which stock presets."""
+
+    text: Text
+    against: Sequence[str]
+    settings: VerifySettings
+
+
 def verify(
-    space: Workspace,
-    path: Path,
-    *,
-    text: Text,
-    against: Sequence[str],
-    settings: VerifySettings,
-    expected: Plan | None = None,
+    space: Workspace, path: Path, trial: Trial, expected: Plan | None = None
 ) -> VerificationReport:
-    """Measure `path` beside the original and the stock presets `against`; the report is kept."""
-    require_presets(against)
+    """Measure `path` beside the original and stock presets; the report is kept."""
+    require_presets(trial.against)
     if expected is not None:
         verification.check_types(path, expected.types)
     files = {"apreqel": path}
-    for i, preset in enumerate(against):
-        space.progress(f"building stock {preset.upper()}", i, len(against))
-        imatrix = require_probed_model(space).imatrix
-        files[f"stock {preset.upper()}"] = build_preset(space, preset, imatrix)
-    report = verification.verify(
-        space,
-        files,
-        text=text,
-        settings=settings,
-        predicted_nats=expected.damage_nats if expected else None,
-    )
+    for i, preset in enumerate(trial.against):
+        label = f"stock {preset.upper()}"
+        space.progress(f"building {label}", i, len(trial.against))
+        files[label] = build_preset(space, preset, require_probed_model(space).imatrix)
+    report = verification.verify(space, files, text=trial.text, settings=trial.settings)
     if expected is not None:
-        provenance = _verified_as(space, path, text, against, settings, expected)
-        report = replace(report, provenance=provenance)
+        made, nats = _verified_as(space, path, trial, expected), expected.damage_nats
+        report = replace(report, provenance=made, predicted_nats=nats)
     report.save(space.folder / verification.VERIFICATION_FILE)
     return report
 
 
-def _verified_as(
-    space: Workspace,
-    path: Path,
-    text: Text,
-    against: Sequence[str],
-    settings: VerifySettings,
-    made: Plan,
-) -> Provenance:
+def _verified_as(space: Workspace, path: Path, trial: Trial, made: Plan) -> Provenance:
     """Equal where verifying a plan's file would give the same again."""
-    facts = {"file": str(path), "plan": made.metadata["apreqel.plan"], "against": list(against)}
-    known = verification.provenance_of(space, settings, text)
-    return replace(known, settings={**known.settings, **facts})
+    digest, against = made.metadata["apreqel.plan"], list(trial.against)
+    known = verification.provenance_of(space, trial.settings, trial.text)
+    facts = {**known.settings, "file": str(path), "plan": digest, "against": against}
+    return replace(known, settings=facts)
 
 
 # --- all of it -----------------------------------------------------------------------------------
@@ -370,54 +354,44 @@ def auto(
     *,
     effort: Effort,
     texts: Sequence[Text],
-    text: Text,
-    against: Sequence[str],
-    settings: VerifySettings,
+    trial: Trial,
     output: Path | None,
     force: bool,
     device: str | None = None,
 ) -> Everything:
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
-    require_presets(against)
+    require_presets(trial.against)
     output = output or default_output(space, request.prefer)
-    quantize.check_output(space.inventory, output, force or _is_ours(output))
+    quantize.check_output(space.inventory, output, force or _ours(output) is not None)
     profile = load_named(device) if device else profile_of(space)
     probed = probe(space, effort=effort, texts=texts)
     made, plan_path = plan(probed, request, profile)
-    if not _holds(output, made):
+    found = _ours(output)
+    if found is None or not _is_made_of(found, made):
         run_plan(
             plan_path,
             output=output,
             n_threads=space.n_threads,
-            force=force or _is_ours(output),
+            force=force or found is not None,
             allow_requantize=space.allow_requantize,
             progress=space.progress,
         )
-    kept = VerificationReport.load_same(
-        space.folder / verification.VERIFICATION_FILE,
-        _verified_as(space, output, text, against, settings, made),
+    report = VerificationReport.load_same(
+        space.folder / verification.VERIFICATION_FILE, _verified_as(space, output, trial, made)
     )
-    report = kept or verify(
-        space, output, text=text, against=against, settings=settings, expected=made
-    )
-    return Everything(profile, made, output, report)
+    return Everything(profile, made, output, report or verify(space, output, trial, made))
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether `path` is a file that apreqel wrote: `auto` may replace its own."""
-    try:
-        return path.exists() and bool(read_inventory(path).headers[0].get("apreqel.version"))
-    except (ModelFileError, OutputError):
-        return False
+def _ours(path: Path) -> Inventory | None:
+    """The file at `path` if apreqel wrote it: `auto` may replace its own."""
+    with suppress(ModelFileError, OutputError):
+        if path.exists() and (found := read_inventory(path)).headers[0].get("apreqel.version"):
+            return found
+    return None
 
 
-def _holds(path: Path, made: Plan) -> bool:
-    """Whether `path` is already what the plan makes."""
-    if not path.exists() or path.stat().st_size != made.size_bytes:
-        return False
-    try:
-        found = read_inventory(path)
-    except ModelFileError:
-        return False
-    same = found.types == dict(made.types)
-    return same and found.headers[0].get("apreqel.plan") == made.metadata["apreqel.plan"]
+def _is_made_of(found: Inventory, made: Plan) -> bool:
+    """Whether a file is already what the plan makes."""
+    is_whole = found.files[0].stat().st_size == made.size_bytes
+    digest = found.headers[0].get("apreqel.plan")
+    return is_whole and found.types == made.types and digest == made.metadata["apreqel.plan"]

@@ -86,8 +86,7 @@ def quantize_model(
     """
     check_job(inventory, types, output, imatrix, force, allow_requantize)
     job = _Job(inventory, types, imatrix, extra_metadata, n_threads)
-    size = inventory.output_size(types, extra_metadata)
-    started = time.monotonic()
+    size, started = inventory.output_size(types, extra_metadata), time.monotonic()
     with (
         artifacts.lock(output.with_name(f".{output.name}.lock"), remove=True) as held,
         artifacts.new_file(output, replace=force) as part,
@@ -103,8 +102,7 @@ def quantize_model(
             check_written(inventory, types, part)
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {output} is as it was") from None
-    seconds = time.monotonic() - started
-    return QuantizedModel(output, size, seconds, int(report["peak_rss_bytes"]))
+    return QuantizedModel(output, size, time.monotonic() - started, int(report["peak_rss_bytes"]))
 
 
 # --- before --------------------------------------------------------------------------------------
@@ -120,49 +118,45 @@ def check_job(
 ) -> None:
     """Raise what `quantize_model` would before any work."""
     check_map(inventory, types, imatrix)
-    changed = any(t.qtype.is_quantized and types[t.name] != t.qtype.name for t in inventory.tensors)
-    if changed:
+    if any(t.qtype.is_quantized and types[t.name] != t.qtype.name for t in inventory.tensors):
         require_float_source(inventory, allow_requantize)
     check_output(inventory, output, force)
 
 
 def check_map(inventory: Inventory, types: Mapping[str, str], imatrix: Imatrix | None) -> None:
     """Every tensor named once, in a type that it can hold, with the imatrix that the type needs."""
-    absent = [name for name in types if name not in inventory.by_name]
-    if absent:
+    if absent := [name for name in types if name not in inventory.by_name]:
         raise UsageError(
             f"{len(absent)} tensors of the map are not in the model, first "
             f"'{printable(absent[0])}'; the map belongs to another model"
         )
-    left_out = [t.name for t in inventory.tensors if t.name not in types]
-    if left_out:
+    if left_out := [t.name for t in inventory.tensors if t.name not in types]:
         raise UsageError(
             f"the map leaves out {len(left_out)} tensors, first {left_out[0]!r}; name every tensor"
         )
     for tensor in inventory.tensors:
-        qtype = lookup(types[tensor.name])
+        qtype, shown = lookup(types[tensor.name]), f"tensor {tensor.name}"
         if qtype == tensor.qtype:
             continue
         if tensor.keep_reason is not None:
-            raise UsageError(
-                f"tensor {tensor.name}: {qtype.name} asked, but it must stay {tensor.qtype.name}: "
-                f"{tensor.keep_reason}"
-            )
+            must = f"it must stay {tensor.qtype.name}: {tensor.keep_reason}"
+            raise UsageError(f"{shown}: {qtype.name} asked, but {must}")
         if not qtype.holds_row(tensor.row_length) or not qtype.for_weights:
             raise UsageError(
-                f"tensor {tensor.name}: {qtype.name} cannot hold rows of {tensor.row_length}; "
+                f"{shown}: {qtype.name} cannot hold rows of {tensor.row_length}; "
                 f"it can be {', '.join(tensor.legal_types)}"
             )
         weights = imatrix.weights(tensor.name) if imatrix else None
         if qtype.needs_imatrix and weights is None:
             raise CalibrationError(
-                f"tensor {tensor.name}: {qtype.name} needs an imatrix and there is none for it; "
+                f"{shown}: {qtype.name} needs an imatrix and there is none for it; "
                 "run apreqel probe, or choose another type"
             )
-        if weights is not None and weights.size != tensor.row_length * tensor.n_experts:
+        expected = tensor.row_length * tensor.n_experts
+        if weights is not None and weights.size != expected:
             raise CalibrationError(
-                f"tensor {tensor.name}: the imatrix has {weights.size} values, expected "
-                f"{tensor.row_length * tensor.n_experts}; it is another model's"
+                f"{shown}: the imatrix has {weights.size} values, expected {expected}; "
+                "it is another model's"
             )
 
 
@@ -210,10 +204,9 @@ class _Job:
                 if weights is not None and target != tensor.qtype:
                     place, n_floats = n_floats, n_floats + weights.size
                     importance.write(np.ascontiguousarray(weights, np.float32).tobytes())
-                matrix_rows = tensor.n_rows // tensor.n_experts
                 lines.append(
-                    f"tensor {tensor.shard} {tensor.offset} {tensor.qtype.ggml_id} "
-                    f"{offset} {target.ggml_id} {tensor.n_rows} {matrix_rows} "
+                    f"tensor {tensor.shard} {tensor.offset} {tensor.qtype.ggml_id} {offset} "
+                    f"{target.ggml_id} {tensor.n_rows} {tensor.n_rows // tensor.n_experts} "
                     f"{tensor.row_length} {place} {printable(tensor.name)}"
                 )
         (folder / "header").write_bytes(header)
@@ -309,10 +302,9 @@ def check_written(inventory: Inventory, types: Mapping[str, str], path: Path) ->
         expected = source.name, source.shape, lookup(types[source.name]).name
         if found != expected:
             raise VerificationError(f"{path}: found tensor {found}, expected {expected}")
-        if result.qtype == source.qtype:
-            origin = inventory.files[source.shard]
-            if not _same_bytes(origin, source.offset, path, result.offset, source.size_bytes):
-                raise VerificationError(f"{path}: tensor {source.name} differs from the source")
+        places = inventory.files[source.shard], source.offset, path, result.offset
+        if result.qtype == source.qtype and not _same_bytes(*places, source.size_bytes):
+            raise VerificationError(f"{path}: tensor {source.name} differs from the source")
 
 
 def _same_bytes(a: Path, a_offset: int, b: Path, b_offset: int, size: int) -> bool:
@@ -320,11 +312,8 @@ def _same_bytes(a: Path, a_offset: int, b: Path, b_offset: int, size: int) -> bo
         with open(a, "rb") as left, open(b, "rb") as right:
             left.seek(a_offset)
             right.seek(b_offset)
-            while size:
-                n = min(size, _COMPARE_BLOCK_BYTES)
-                if left.read(n) != right.read(n):
-                    return False
-                size -= n
+            starts = range(0, size, _COMPARE_BLOCK_BYTES)
+            blocks = (min(_COMPARE_BLOCK_BYTES, size - start) for start in starts)
+            return all(left.read(n) == right.read(n) for n in blocks)
     except OSError as error:
         raise VerificationError(f"{b}: not compared with {a}: {error.strerror}") from error
-    return True

@@ -18,6 +18,7 @@ PACKAGE = Path(__file__).parent.parent / "apreqel"
 # From the ground up; a room's files likewise.
 ROOMS: dict[str, list[str]] = {
     "apreqel": [],
+    "arrays": [],
     "estimates": [],
     "errors": [],
     "progress": [],

@@ -228,7 +228,7 @@ def test_memory_is_what_a_real_process_takes(
         write_shapes(inventory, uniform(inventory, kind), path)
         types, size = uniform(inventory, kind), path.stat().st_size
         predicted = memory.memory_use(measured, inventory, types, size, n_ctx, caches)
-        real = measure_footprint(path, n_ctx, n_ctx, 2, caches).run_bytes
+        real = measure_footprint(path, n_ctx, n_ctx, 2, caches)
         assert predicted.total_bytes == pytest.approx(real, rel=0.08)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from apreqel.console.terminal import size, table, write
@@ -33,27 +34,27 @@ def show(inventory: Inventory) -> None:
         write(f"split into {len(inventory.files)} files")
     if inventory.is_quantized_source:
         write("The source is quantised already; what that lost stays lost and is not counted.")
-    _show_roles(inventory)
-    rows = table("type", "bits/weight", "tensors that can hold it", "file with those in it, bytes")
-    by_type = bytes_by_type(inventory)
-    for name in sorted(by_type, key=lambda name: lookup(name).bits_per_weight):
-        bits = f"{lookup(name).bits_per_weight:.3f}"
-        holders = f"{by_type[name]['tensors']} of {len(inventory.quantizable)}"
-        rows.add_row(name, bits, holders, f"{by_type[name]['file_bytes']:,}")
-    write(rows)
+    roles = _role_rows(inventory)
+    write(table("role", "tensors", "shape", "type", "bytes", "can be", rows=roles))
+    n, by_type = len(inventory.quantizable), bytes_by_type(inventory)
+    bits = {name: lookup(name).bits_per_weight for name in by_type}
+    rows = (
+        (t, f"{bits[t]:.3f}", f"{by_type[t]['tensors']} of {n}", f"{by_type[t]['file_bytes']:,}")
+        for t in sorted(by_type, key=lambda t: bits[t])
+    )
+    columns = "type", "bits/weight", "tensors that can hold it", "file with those in it, bytes"
+    write(table(*columns, rows=rows))
 
 
-def _show_roles(inventory: Inventory) -> None:
+def _role_rows(inventory: Inventory) -> Iterator[Sequence[str]]:
     groups = Counter((t.role, t.shape, t.qtype.name, t.keep_reason) for t in inventory.tensors)
-    rows = table("role", "tensors", "shape", "type", "bytes", "can be")
     for (role, shape, type_name, reason), count in groups.items():
         one = next(t for t in inventory.tensors if (t.role, t.shape) == (role, shape))
         options = f"kept: {reason}" if reason else f"{len(one.legal_types)} types"
         if not reason and one.row_length % 256:
             options += f" (rows of {one.row_length}: no K- or IQ-types but IQ4_NL)"
         dims = " x ".join(map(str, shape))
-        rows.add_row(role, str(count), dims, type_name, f"{count * one.size_bytes:,}", options)
-    write(rows)
+        yield role, str(count), dims, type_name, f"{count * one.size_bytes:,}", options
 
 
 def as_json(inventory: Inventory) -> dict[str, Any]:
@@ -76,7 +77,6 @@ def bytes_by_type(inventory: Inventory) -> dict[str, dict[str, int]]:
     for name in registry():
         holders = [t for t in inventory.quantizable if name in t.legal_types]
         if holders:
-            types = inventory.types
-            types |= {t.name: name for t in holders}
+            types = inventory.types | {t.name: name for t in holders}
             result[name] = {"tensors": len(holders), "file_bytes": inventory.output_size(types)}
     return result

@@ -7,10 +7,10 @@ from math import log
 from pathlib import Path
 
 from apreqel.console.probe import DAMAGE
-from apreqel.console.terminal import size, table, with_interval, write
+from apreqel.console.terminal import size, span, table, with_interval, write
 from apreqel.device.profile import Speed
 from apreqel.plan.front import Front
-from apreqel.plan.plan import Plan
+from apreqel.plan.plan import FileResult, Plan
 
 _METRIC_NAMES = {"kld": "KL divergence", "perplexity": "change of the loss"}
 
@@ -22,7 +22,7 @@ def show(plan: Plan, path: Path) -> None:
         f"{plan.bits_per_weight:.3f} bits per weight\n"
         f"tensors: {types}\n"
         f"predicted {_METRIC_NAMES[plan.metric]}: {plan.damage_nats:.5f} nats (95%: "
-        f"{plan.damage_interval[0]:.5f} to {plan.damage_interval[1]:.5f})\n"
+        f"{span(plan.damage_interval)})\n"
         f"solved in {plan.solver_seconds:.2f} s, proven within {plan.gap:.1e} of the optimum"
     )
     show_experts(plan)
@@ -31,8 +31,8 @@ def show(plan: Plan, path: Path) -> None:
             f"predicted on {plan.device}: decode {with_interval(plan.speed.decode)}, prefill "
             f"{with_interval(plan.speed.prefill, 0)} tokens/s (95%)"
         )
-    if plan.memory:
-        memory, caches = plan.memory, "/".join(plan.cache_types)
+    if memory := plan.memory:
+        caches = "/".join(plan.cache_types)
         write(
             f"predicted memory with a context of {memory.n_ctx}: {size(memory.total_bytes)} "
             f"(file {size(memory.file_bytes)}, repacked copies {size(memory.copied_bytes)}, KV "
@@ -40,7 +40,9 @@ def show(plan: Plan, path: Path) -> None:
         )
         if memory.copied_bytes > memory.file_bytes // 20:
             write(f"with --no-mmap in llama.cpp: {size(memory.without_map_bytes)}")
-    _show_files(plan)
+    if plan.files:
+        columns = "measured as real files", "bytes", "KLD, nats", "99.9%", "plan / this (95%)"
+        write(table(*columns, rows=map(_file_cells, plan.files)))
     show_binding(plan)
     if plan.run_flags:
         write(f"run it with: llama-cli -m FILE {plan.run_flags}")
@@ -48,21 +50,11 @@ def show(plan: Plan, path: Path) -> None:
     write(f"written: {path} and {path.with_suffix('.tensor-types.txt').name}")
 
 
-def _show_files(plan: Plan) -> None:
-    """Real files on text that was kept apart, the plan's first."""
-    if not plan.files:
-        return
-    rows = table("measured as real files", "bytes", "KLD, nats", "99.9%", "plan / this (95%)")
-    for file in plan.files:
-        low, high = file.ratio_interval
-        rows.add_row(
-            file.label,
-            f"{file.size_bytes:,}",
-            f"{file.kld.mean:.5f}",
-            f"{file.kld_p999:.3f}",
-            f"{file.ratio:.3f} ({low:.3f} to {high:.3f})",
-        )
-    write(rows)
+def _file_cells(file: FileResult) -> Sequence[str]:
+    """A real file on text that was kept apart, the plan's first."""
+    against = f"{file.ratio:.3f} ({span(file.ratio_interval, 3)})"
+    closeness = f"{file.kld.mean:.5f}", f"{file.kld_p999:.3f}"
+    return file.label, f"{file.size_bytes:,}", *closeness, against
 
 
 def show_experts(plan: Plan) -> None:
@@ -70,17 +62,16 @@ def show_experts(plan: Plan) -> None:
     if plan.experts is None:
         return
     use, speeds = plan.experts, ""
-    low, high = use.kld.interval
     if plan.speed and plan.speed_with_own_experts:
-        own = plan.speed_with_own_experts
+        here, own = _speed_cells(plan.speed), _speed_cells(plan.speed_with_own_experts)
         speeds = (
-            f"; predicted decode {plan.speed.decode.value:.1f} against {own.decode.value:.1f}, "
-            f"prefill {plan.speed.prefill.value:.0f} against {own.prefill.value:.0f} tokens/s"
+            f"; predicted decode {here[0]} against {own[0]}, prefill {here[1]} against {own[1]} "
+            "tokens/s"
         )
     write(
         f"experts: {use.used} of {use.n_experts} active a token (the model's own count: "
         f"{use.own}), {use.damage_nats:.5f} nats of the predicted KL divergence (95% interval "
-        f"{low:.5f} to {high:.5f}){speeds}; the file carries the count"
+        f"{span(use.kld.interval)}){speeds}; the file carries the count"
     )
 
 
@@ -101,12 +92,12 @@ def show_notes(plan: Plan) -> None:
 
 def show_front(front: Front) -> None:
     """The front as a table and a picture, with the stock presets beside it."""
-    rows = table("plan", "size", "KLD, nats", "decode t/s", "prefill t/s")
-    for point in sorted([*front.points, *front.stock], key=lambda p: p.size_bytes):
-        label = f"stock {point.label}" if point in front.stock else point.label
-        cells = size(point.size_bytes), f"{point.damage_nats:.5f}"
-        rows.add_row(label, *cells, *_speed_cells(point.speed))
-    write(rows)
+    named = [(p.label, p) for p in front.points] + [(f"stock {p.label}", p) for p in front.stock]
+    rows = (
+        (label, size(p.size_bytes), f"{p.damage_nats:.5f}", *_speed_cells(p.speed))
+        for label, p in sorted(named, key=lambda pair: pair[1].size_bytes)
+    )
+    write(table("plan", "size", "KLD, nats", "decode t/s", "prefill t/s", rows=rows))
     write(_picture(front))
     write(
         "Predicted, from the weights alone. closest: the least damage of its size; fast: the "
@@ -135,11 +126,14 @@ def _picture(front: Front, columns: int = 64, lines: int = 14) -> str:
 
 
 def show_ladder(plans: Sequence[Plan], paths: Sequence[Path]) -> None:
-    rows = table("plan", "size", "bits/w", "KLD, nats", "decode t/s", "prefill t/s")
-    for plan, path in zip(plans, paths, strict=True):
-        cells = size(plan.size_bytes), f"{plan.bits_per_weight:.3f}", f"{plan.damage_nats:.5f}"
-        rows.add_row(path.name, *cells, *_speed_cells(plan.speed))
-    write(rows)
+    values = [
+        (size(p.size_bytes), f"{p.bits_per_weight:.3f}", f"{p.damage_nats:.5f}") for p in plans
+    ]
+    rows = (
+        (path.name, *cells, *_speed_cells(plan.speed))
+        for path, cells, plan in zip(paths, values, plans, strict=True)
+    )
+    write(table("plan", "size", "bits/w", "KLD, nats", "decode t/s", "prefill t/s", rows=rows))
     write(f"written to {paths[0].parent}; apreqel quantize makes a file of each")
 
 

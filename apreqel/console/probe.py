@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from apreqel.console.terminal import duration, table, write
+from apreqel.console.terminal import duration, span, table, write
 from apreqel.sensitivity.damage import MeasuredFile, damage_model
 from apreqel.sensitivity.measurement import Sensitivity
-from apreqel.sensitivity.report import Report, report
+from apreqel.sensitivity.report import report
 
 # What damage is, by metric, for whoever meets the word.
 DAMAGE = {
@@ -18,6 +18,8 @@ DAMAGE = {
     "tensor is quantised (change of the loss, nats per token)",
 }
 
+# What --json gives under the names that they have in a Sensitivity.
+_FACTS = ("seconds", "self_kld_nats", "coverage", "excluded", "kernels")
 _MOST_SHOWN = 12
 
 
@@ -28,12 +30,20 @@ def show(found: Sensitivity, files: Sequence[MeasuredFile]) -> None:
         f"{found.n_probes} probes of {len(found.tensors)} tensors in {duration(found.seconds)} "
         f"({found.effort}); the original against itself: {found.self_kld_nats:.1e} nats"
     )
-    _show_text(found, told)
-    rows = table("most sensitive tensors", "probed as", "KL divergence, nats", "95% interval")
-    for name, type_name, damage in told.most_sensitive[:_MOST_SHOWN]:
-        low, high = damage.interval
-        rows.add_row(name, type_name, f"{damage.nats:.6f}", f"{low:.6f} to {high:.6f}")
-    write(rows)
+    if coverage := found.coverage:  # what the calibration text reached, and whether it is enough
+        experts = f", {coverage.n_unseen_experts} of {coverage.n_experts} experts unseen"
+        write(
+            f"imatrix: {coverage.n_tensors} tensors, {coverage.n_zero_columns} zero columns "
+            f"substituted{experts if coverage.n_experts else ''}\n"
+            f"text: errors are {told.heldout_ratio - 1:+.1%} on text that the imatrix was not "
+            f"fitted on; with an imatrix from half the text {told.half_text_ratio - 1:+.1%}"
+        )
+    rows = (
+        (name, type_name, f"{damage.nats:.6f}", span(damage.interval, 6))
+        for name, type_name, damage in told.most_sensitive[:_MOST_SHOWN]
+    )
+    columns = "most sensitive tensors", "probed as", "KL divergence, nats", "95% interval"
+    write(table(*columns, rows=rows))
     write(DAMAGE["kld"])
     for type_name, loss in found.kernels.items():
         write(
@@ -57,33 +67,13 @@ def show(found: Sensitivity, files: Sequence[MeasuredFile]) -> None:
         write(f"left out: {pair}: {reason}")
 
 
-def _show_text(found: Sensitivity, told: Report) -> None:
-    """What the calibration text reached, and whether there is enough of it."""
-    coverage = found.coverage
-    if not coverage:
-        return
-    experts = f", {coverage.n_unseen_experts} of {coverage.n_experts} experts unseen"
-    write(
-        f"imatrix: {coverage.n_tensors} tensors, {coverage.n_zero_columns} zero columns "
-        f"substituted{experts if coverage.n_experts else ''}"
-    )
-    write(
-        f"text: errors are {told.heldout_ratio - 1:+.1%} on text that the imatrix was not fitted "
-        f"on; with an imatrix from half the text {told.half_text_ratio - 1:+.1%}"
-    )
-
-
 def as_json(found: Sensitivity, files: Sequence[MeasuredFile]) -> dict[str, Any]:
     model = damage_model(found)
     return {
         "effort": found.effort,
         "settled": found.settled,
         "probes": found.n_probes,
-        "seconds": found.seconds,
-        "self_kld_nats": found.self_kld_nats,
-        "coverage": found.coverage,
-        "excluded": found.excluded,
-        "kernels": found.kernels,
+        **{name: getattr(found, name) for name in _FACTS},
         "report": report(found),
         "files": files,
         "tensors": {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,19 @@ from apreqel.model.qtypes import lookup
 def show(profile: DeviceProfile, inventory: Inventory) -> None:
     """Predicted tokens/s of the model in each type, and what a token is made of."""
     _show_device(profile)
+    columns = "type", "bits/w", "decode t/s", "", "prefill t/s", "", "remarks"
+    write(table(*columns, rows=_type_rows(profile, inventory)))
+    write(
+        f"Predicted tokens/s of {inventory.name} with its products in that type, where rows do not "
+        f"fit it in the nearest one; prompts of {profile.n_prompt} tokens; 95% intervals. "
+        "Dominated: the other type is no larger and no slower."
+    )
+    _show_overhead(profile, inventory)
+
+
+def _type_rows(profile: DeviceProfile, inventory: Inventory) -> Iterator[Sequence[str]]:
     speeds = type_speeds(profile, inventory)
     beaten = dominated(speeds)
-    rows = table("type", "bits/w", "decode t/s", "", "prefill t/s", "", "remarks")
     most_decode = max(speed.decode.value for speed, _ in speeds.values())
     most_prefill = max(speed.prefill.value for speed, _ in speeds.values())
     for name in sorted(speeds, key=lambda n: lookup(n).bits_per_weight):
@@ -29,22 +39,10 @@ def show(profile: DeviceProfile, inventory: Inventory) -> None:
             remarks.append(f"fits {share:.0%} of the weights")
         if name in beaten:
             remarks.append(f"dominated by {beaten[name]}")
-        rows.add_row(
-            name,
-            f"{lookup(name).bits_per_weight:.2f}",
-            with_interval(speed.decode),
-            bar(speed.decode.value / most_decode),
-            with_interval(speed.prefill, 0),
-            bar(speed.prefill.value / most_prefill),
-            ", ".join(remarks),
-        )
-    write(rows)
-    write(
-        f"Predicted tokens/s of {inventory.name} with its products in that type, where rows do not "
-        f"fit it in the nearest one; prompts of {profile.n_prompt} tokens; 95% intervals. "
-        "Dominated: the other type is no larger and no slower."
-    )
-    _show_overhead(profile, inventory)
+        decode = with_interval(speed.decode), bar(speed.decode.value / most_decode)
+        prefill = with_interval(speed.prefill, 0), bar(speed.prefill.value / most_prefill)
+        bits = f"{lookup(name).bits_per_weight:.2f}"
+        yield name, bits, *decode, *prefill, ", ".join(remarks)
 
 
 def _show_device(profile: DeviceProfile) -> None:
@@ -62,8 +60,7 @@ def _show_device(profile: DeviceProfile) -> None:
         )
         write(f"threads tried (decode and prefill tokens/s): {tried}")
     readings = [k for shapes in profile.kernels.values() for k in shapes.values()]
-    unsteady = sum("unsteady" in k.flags for k in readings)
-    if unsteady:
+    if unsteady := sum("unsteady" in k.flags for k in readings):
         write(
             f"{unsteady} of {len(readings)} readings vary by more than 3% (unsteady machine); "
             "their medians are used and the intervals are wider for it"
@@ -97,12 +94,13 @@ def as_json(profile: DeviceProfile, inventory: Inventory) -> dict[str, Any]:
 
 def show_list(profiles: Sequence[tuple[str, Path]]) -> None:
     """Names for --device, with their files."""
-    rows = table("name", "device", "threads", "models", "file")
+    rows = []
     for name, path in profiles:
         profile = DeviceProfile.load(path)
         models = ", ".join(sorted({o.model for o in profile.overheads.values()})) or "-"
-        rows.add_row(name, profile.device.cpu, str(profile.n_threads), models, str(path))
-    write(rows if profiles else "no device profiles yet; apreqel profile MODEL makes one")
+        rows.append((name, profile.device.cpu, str(profile.n_threads), models, str(path)))
+    listed = table("name", "device", "threads", "models", "file", rows=rows)
+    write(listed if profiles else "no device profiles yet; apreqel profile MODEL makes one")
 
 
 def list_json(profiles: Sequence[tuple[str, Path]]) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from apreqel.artifacts import plain
@@ -32,8 +32,7 @@ class Reporter:
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet, self._live = quiet, sys.stderr.isatty()
-        self._what, self._started, self._first = "", 0.0, 0
-        self._printed = 0.0
+        self._what, self._started, self._first, self._printed = "", 0.0, 0, 0.0
         atexit.register(self.finish)
 
     def __call__(self, what: str, done: int, total: int) -> None:
@@ -41,23 +40,20 @@ class Reporter:
         if what != self._what:
             self.finish()
             self._what, self._started, self._first, self._printed = what, now, done, 0.0
-        if self._quiet or (not self._live and now - self._printed < _SECONDS_BETWEEN_LINES):
-            return
-        if self._live and now - self._printed < 0.1 and done < total:
-            return
-        self._printed = now
-        line = f"{what}{self._amount(done, total, now)}"
-        _put(f"{_CLEAR_LINE}{line}" if self._live else f"{line}\n", sys.stderr)
+        pause = (0.1 if done < total else 0.0) if self._live else _SECONDS_BETWEEN_LINES
+        if not self._quiet and now - self._printed >= pause:
+            self._printed = now
+            line = f"{what}{self._amount(done, total, now)}"
+            _put(f"{_CLEAR_LINE}{line}" if self._live else f"{line}\n", sys.stderr)
 
     def _amount(self, done: int, total: int, now: float) -> str:
         if total <= 1:
             return " ..."
         text = f": {done} of {total}" if total < 10**7 else f": {100 * done // total}%"
-        steps = done - self._first
-        if steps > 0 and done < total:
-            left = (now - self._started) / steps * (total - done)
-            text += f", {duration(left)} left"
-        return text
+        if not self._first < done < total:
+            return text
+        left = (now - self._started) / (done - self._first) * (total - done)
+        return f"{text}, {duration(left)} left"
 
     def finish(self) -> None:
         """Leave the moving line behind."""
@@ -89,8 +85,8 @@ def write(*parts: str | Table) -> None:
     _put(text.get(), sys.stdout)
 
 
-def table(*columns: str) -> Table:
-    """An empty table; numbers to the right, words and bars (columns without a name) to the left."""
+def table(*columns: str, rows: Iterable[Sequence[str]]) -> Table:
+    """Numbers to the right, words and bars (columns without a name) to the left."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
@@ -98,6 +94,8 @@ def table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         left = i == 0 or not column or column == "remarks"
         made.add_column(column, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        made.add_row(*row)
     return made
 
 
@@ -119,13 +117,17 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(round(seconds), 60)
-    return (
-        f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-    )
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60} min"
 
 
 def size(size_bytes: float) -> str:
     return f"{size_bytes / 1e9:.2f} GB" if size_bytes >= 1e9 else f"{size_bytes / 1e6:.1f} MB"
+
+
+def span(interval: tuple[float, float], digits: int = 5) -> str:
+    return f"{interval[0]:.{digits}f} to {interval[1]:.{digits}f}"
 
 
 def with_interval(value: Range, digits: int = 1) -> str:

@@ -13,10 +13,8 @@ from apreqel.quantize import QuantizedModel
 
 def show(report: VerificationReport) -> None:
     closeness = "KLD mean", "median", "99.9%", "perplexity", "same top-1"
-    rows = table("file", "size", "bits/w", *closeness, "prefill t/s", "decode t/s")
-    for row in report.files:
-        rows.add_row(*_measured_cells(row, is_original=row is report.files[0]))
-    write(rows)
+    rows = (_measured_cells(row, is_original=row is report.files[0]) for row in report.files)
+    write(table("file", "size", "bits/w", *closeness, "prefill t/s", "decode t/s", rows=rows))
     write(
         f"KLD: KL divergence from the original in nats per token (± 95%), {report.n_scored} scored "
         f"tokens of {report.text}; lower is closer. Speeds: median of paired runs (± deviation)."

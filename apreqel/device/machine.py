@@ -89,31 +89,28 @@ def this_device() -> tuple[Device, str]:
 
 def available_bytes(free: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
     """Of `free` memory what this process may have: a container's limit may be lower."""
-    limit, used = (_read(cgroup / f"memory.{name}") or "" for name in ("max", "current"))
-    if not (limit.isdigit() and used.isdigit()):
+    limit, used = (_integer(cgroup / f"memory.{name}") for name in ("max", "current"))
+    if limit is None or used is None:
         return free
     # Pages of files that are given back when memory is wanted count as used.
     cached = re.search(r"^inactive_file (\d+)", _read(cgroup / "memory.stat") or "", re.M)
-    return max(0, min(free, int(limit) - int(used) + (int(cached[1]) if cached else 0)))
+    return max(0, min(free, limit - used + (int(cached[1]) if cached else 0)))
 
 
 def usable_cores() -> int:
     """Cores this process may use: its affinity, and a container's quota."""
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    quota = (_read("/sys/fs/cgroup/cpu.max") or "").split()
-    if len(quota) == 2 and quota[0].isdigit() and int(quota[1]) > 0:
-        cores = min(cores, max(1, round(int(quota[0]) / int(quota[1]))))
-    return max(1, cores)
+    here = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
+    quota = re.fullmatch(r"(\d+) 0*([1-9]\d*)", _read("/sys/fs/cgroup/cpu.max") or "")
+    return min(cores, max(1, round(int(quota[1]) / int(quota[2])))) if quota else cores
 
 
 def default_threads() -> int:
     """One thread a physical core that may be used, of the fastest kind on big.LITTLE."""
     import psutil
 
-    cores = max(1, min(usable_cores(), psutil.cpu_count(logical=False) or usable_cores()))
-    kinds = clusters()
+    cores, kinds = usable_cores(), clusters()
+    cores = min(cores, psutil.cpu_count(logical=False) or cores)
     return min(cores, len(kinds[0])) if len(kinds) > 1 else cores
 
 
@@ -129,14 +126,12 @@ def clusters(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[list[int]]:
         folder = sysfs / f"cpu{core}"
         stated = _integer(folder / "cpu_capacity") or _integer(folder / "cpufreq/cpuinfo_max_freq")
         by_speed.setdefault(stated or 0, []).append(core)
-    # Boost clocks of one kind differ by a few percent from core to core.
-    kinds: list[tuple[int, list[int]]] = []
+    kinds: dict[int, list[int]] = {}  # by the highest speed in each
     for speed, cores in sorted(by_speed.items(), reverse=True):
-        if kinds and speed > 0.9 * kinds[-1][0]:
-            kinds[-1] = kinds[-1][0], sorted(kinds[-1][1] + cores)
-        else:
-            kinds.append((speed, cores))
-    return [cores for _, cores in kinds]
+        # Boost clocks of one kind differ by a few percent from core to core.
+        like = next((s for s in kinds if speed > 0.9 * s), speed)
+        kinds[like] = sorted(kinds.get(like, []) + cores)
+    return list(kinds.values())
 
 
 @contextmanager
@@ -179,8 +174,7 @@ class _Load:
         others = (getattr(cpu, n, 0.0) for n in ("idle", "iowait", "guest", "guest_nice"))
         busy, page_ins = sum(cpu) - sum(others), resource.getrusage(resource.RUSAGE_SELF).ru_majflt
         swaps = re.findall(r"^pswp(?:in|out) (\d+)", _read("/proc/vmstat") or "", re.M)
-        swapped = sum(map(int, swaps))
-        return _Load(time.monotonic(), busy, own, page_ins, swapped, times_throttled())
+        return _Load(time.monotonic(), busy, own, page_ins, sum(map(int, swaps)), times_throttled())
 
 
 class Watch:
@@ -224,25 +218,19 @@ def is_throttled(root: Path = Path("/sys")) -> bool:
     pi = _read(root / "devices/platform/soc/soc:firmware/get_throttled")
     if pi is not None:
         flags = re.fullmatch(r"(?:0x)?([0-9a-fA-F]+)", pi)
-        return flags is not None and bool(int(flags[1], 16) & _PI_THROTTLED_NOW)
+        return bool(flags and int(flags[1], 16) & _PI_THROTTLED_NOW)
     cpu = root / "devices/system/cpu/cpu0/cpufreq"
     limit, usual = _integer(cpu / "scaling_max_freq"), _integer(cpu / "cpuinfo_max_freq")
-    if limit and usual and limit < _CLOCK_SHARE * usual:
-        return True
-    return any(map(_is_too_hot, (root / "class/thermal").glob("thermal_zone*")))
+    capped = bool(limit and usual and limit < _CLOCK_SHARE * usual)
+    return capped or any(map(_is_too_hot, (root / "class/thermal").glob("thermal_zone*")))
 
 
 def _is_too_hot(zone: Path) -> bool:
     """Whether a zone is as hot as where Linux starts to slow what heats it (its passive trip)."""
-    now = _integer(zone / "temp")
-    trips = [
-        _integer(kind.with_name(kind.name.replace("_type", "_temp")))
-        for kind in zone.glob("trip_point_*_type")
-        if _read(kind) == "passive"
-    ]
-    return now is not None and any(
-        trip is not None and now >= trip >= 1000 * _LEAST_TRIP_CELSIUS for trip in trips
-    )
+    now = _integer(zone / "temp") or 0
+    kinds = [kind for kind in zone.glob("trip_point_*_type") if _read(kind) == "passive"]
+    trips = [_integer(kind.with_name(kind.name.replace("_type", "_temp"))) for kind in kinds]
+    return any(now >= (trip or 0) >= 1000 * _LEAST_TRIP_CELSIUS for trip in trips)
 
 
 # --- reading the system --------------------------------------------------------------------------
@@ -264,12 +252,10 @@ def _cpu_name() -> str:
     if platform.system() == "Darwin":
         return _sysctl("machdep.cpu.brand_string") or "Apple"
     board = (_read("/sys/firmware/devicetree/base/model") or "").strip("\0")
-    fields: dict[str, str] = {}
-    for line in (_read("/proc/cpuinfo") or "").splitlines():
-        key, _, value = line.partition(":")
-        fields.setdefault(key.strip().lower(), value.strip())
+    pairs = re.findall(r"^([^:\n]*):(.*)", _read("/proc/cpuinfo") or "", re.M)
+    fields = {key.strip().lower(): value.strip() for key, value in reversed(pairs)}
     name = fields.get("model name") or fields.get("cpu part") or platform.processor()
-    return " ".join(part for part in (board, name) if part) or "unknown"
+    return " ".join(filter(None, (board, name))) or "unknown"
 
 
 def _sysctl(name: str) -> str | None:

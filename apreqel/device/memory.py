@@ -59,11 +59,10 @@ def cache_bytes(
     inventory: Inventory, n_ctx: int, types: Sequence[str] = USUAL_CACHES
 ) -> tuple[float, float]:
     """Bytes of the K and of the V cache, as llama.cpp accounts for them. Raises EngineError."""
-    k, v = map(lookup, types)
-    found = memory_accounting(inventory.files[0], n_ctx, k, v)
-    # Some architectures state only the sum.
-    both = (found["k"], found["v"]) if found["k"] else (found["kv"] / 2, found["kv"] / 2)
-    return float(both[0]), float(both[1])
+    found = memory_accounting(inventory.files[0], n_ctx, *map(lookup, types))
+    if found["k"]:
+        return float(found["k"]), float(found["v"])
+    return found["kv"] / 2, found["kv"] / 2  # some architectures state only the sum
 
 
 def measure_rest(
@@ -85,7 +84,7 @@ def measure_rest(
         progress(f"measuring memory at context {n_ctx}", 0, 0)
         kv = memory_accounting(path, n_ctx, lookup(cache), lookup(cache))["kv"]
         used = measure_footprint(path, n_ctx, n_ctx, profile.n_threads, (cache, cache))
-        return used.run_bytes - weights - kv
+        return used - weights - kv
 
     rests = [rest(n_ctx, "F16") for n_ctx in contexts]
     # A quantised cache needs some room to work in; where heads hold none, it is not offered.
@@ -97,10 +96,7 @@ def measure_rest(
 
 
 def rest_bytes(profile: DeviceProfile, inventory: Inventory, n_ctx: int) -> int:
-    """What a run takes beside weights and KV cache.
-
-    Raises UsageError where the model was not profiled on that device.
-    """
+    """Bytes beside weights and KV cache. Raises UsageError where the device never ran the model."""
     if not profile.covers(inventory):
         raise UsageError(
             f"device profile {profile.name}: never ran {inventory.name}, so that its memory is "

@@ -137,9 +137,9 @@ class DeviceProfile(Record):
             for key, kernel in shapes.items():
                 if name in self.kernels:
                     parse_key(key)
-                for reading in (kernel.decode, kernel.prefill):
-                    if not 0 < reading.seconds < math.inf:
-                        raise ValueError(f"kernels.{name}.{key}: {reading.seconds!r} seconds")
+                for seconds in (kernel.decode.seconds, kernel.prefill.seconds):
+                    if not 0 < seconds < math.inf:
+                        raise ValueError(f"kernels.{name}.{key}: {seconds!r} seconds")
 
     def covers(self, inventory: Inventory) -> bool:
         """Whether this model was profiled itself: its products timed, its overhead measured."""
@@ -229,11 +229,9 @@ class DeviceProfile(Record):
         self, tensor: Tensor, inventory: Inventory, type_name: str, decode: bool
     ) -> tuple[float, float]:
         """(seconds per token before scaling, their standard error)."""
-        shape = matrix_shape(tensor, inventory)
-        if shape is None:
+        if (shape := matrix_shape(tensor, inventory)) is None:
             return 0.0, 0.0
-        kernel = self._kernel(type_name, shape)
-        if kernel is None:
+        if (kernel := self._kernel(type_name, shape)) is None:
             raise UsageError(f"device profile {self.name}: has no timing of {type_name}")
         # Of a prompt only the last token needs the output head.
         once = not decode and tensor.role in ("output", "token_embd")
@@ -357,12 +355,12 @@ def default_name(device: Device, n_threads: int, fingerprint: str) -> str:
 
 def type_speeds(profile: DeviceProfile, inventory: Inventory) -> dict[str, tuple[Speed, float]]:
     """By type: predicted tokens/s with the model in it, and the part of it that can be."""
-    result = {}
-    for name in profile.kernels:
-        types, share = profile.nearest_types(inventory, name) or ({}, 0.0)
-        if types and (speed := profile.predict(inventory, types)):
-            result[name] = speed, share
-    return result
+    found = {name: profile.nearest_types(inventory, name) for name in profile.kernels}
+    return {
+        name: (speed, pair[1])
+        for name, pair in found.items()
+        if pair and (speed := profile.predict(inventory, pair[0]))
+    }
 
 
 def dominated(speeds: Mapping[str, tuple[Speed, float]]) -> dict[str, str]:

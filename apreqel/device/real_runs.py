@@ -40,10 +40,9 @@ def forget_pages(path: Path) -> None:
     Where its pages happen to lie changes decode by several percent here (five copies of one file:
     7.8 to 9.2 ms a token, steadily): a new place for every run makes that luck average out.
     """
-    if path.stat().st_size > _FORGOTTEN_BYTES or not hasattr(os, "posix_fadvise"):
-        return
-    with open(path, "rb") as file:
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if path.stat().st_size <= _FORGOTTEN_BYTES and hasattr(os, "posix_fadvise"):
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def time_file(path: Path, n_threads: int, n_prompt: int) -> tuple[RealRun, float]:
@@ -87,7 +86,6 @@ def tune_threads(space: Workspace) -> tuple[int, dict[str, Sequence[float]]]:
     path.unlink()
     decode = {n: median(run.decode for run in runs[n]) for n in candidates}
     best = candidates[0]
-    for n in candidates[1:]:
-        if decode[best] > _THREADS_GAIN * decode[n]:
-            best = n
+    for n in candidates:
+        best = n if decode[best] > _THREADS_GAIN * decode[n] else best
     return best, {str(n): (decode[n], median(r.prefill for r in runs[n])) for n in candidates}

@@ -64,8 +64,6 @@ def fit_overhead(kernels: Sequence[float], runs: Sequence[float]) -> tuple[float
     wanted = np.append(t * weight, 1 / _SCALE_PRIOR)
     (scale, rest), *_ = np.linalg.lstsq(rows, wanted, rcond=None)
     if rest < 0:
-        rest = 0.0
-        scale = float((rows[:, 0] @ wanted) / (rows[:, 0] @ rows[:, 0]))
+        scale, rest = (rows[:, 0] @ wanted) / (rows[:, 0] @ rows[:, 0]), 0.0
     off = (scale * k + rest) / t - 1
-    freedom = max(1, len(t) - 1)
-    return float(scale), float(rest), float(np.sqrt((off**2).sum() / freedom))
+    return float(scale), float(rest), float(np.sqrt((off**2).sum() / max(1, len(t) - 1)))

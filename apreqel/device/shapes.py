@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING
 
 from apreqel.llama import quants
 from apreqel.llama.graphs import HeadShape, MatrixShape
-from apreqel.model.gguf_header import STRING, UINT32, TensorRecord, encode_header, encode_kv
+from apreqel.model.gguf_header import (
+    DEFAULT_ALIGNMENT,
+    FLOAT32,
+    STRING,
+    UINT32,
+    encode_header,
+    encode_kv,
+    records_of,
+)
 from apreqel.model.inventory import read_inventory
 from apreqel.model.qtypes import KV_TYPES, lookup, registry
 
@@ -28,9 +36,6 @@ if TYPE_CHECKING:
 CACHE_PIVOT = "Q8_0"
 
 Shape = MatrixShape | HeadShape
-
-
-# --- a model's products --------------------------------------------------------------------------
 
 
 def matrix_shape(tensor: Tensor, inventory: Inventory) -> MatrixShape | None:
@@ -58,7 +63,7 @@ def shapes_of(inventory: Inventory) -> dict[MatrixShape, list[Tensor]]:
     """The distinct products of a model with their tensors."""
     found: dict[MatrixShape, list[Tensor]] = {}
     for tensor in inventory.quantizable:
-        if (shape := matrix_shape(tensor, inventory)) is not None:
+        if shape := matrix_shape(tensor, inventory):
             found.setdefault(shape, []).append(tensor)
     return found
 
@@ -72,13 +77,9 @@ def timed_types(inventory: Inventory, types: Sequence[str] | None) -> Iterator[Q
             yield qtype
 
 
-# --- its attention -------------------------------------------------------------------------------
-
-
 def head_shape(inventory: Inventory) -> HeadShape | None:
     """Attention of one of the model's layers, as most of them have it."""
-    found = inventory.head_shape
-    return HeadShape(*found) if found else None
+    return HeadShape(*found) if (found := inventory.head_shape) else None
 
 
 def timed_caches(shape: HeadShape) -> list[tuple[str, str]]:
@@ -92,20 +93,14 @@ def timed_caches(shape: HeadShape) -> list[tuple[str, str]]:
     ]
 
 
-# --- all of it -----------------------------------------------------------------------------------
-
-
 def timed_shapes(inventory: Inventory, types: Sequence[str] | None) -> dict[str, list[Shape]]:
-    """What is timed for a model: by type the products that it can be in, by K/V the attention.
-
-    `types` None: all of them.
-    """
+    """What is timed: by type its products, by K/V attention; of all types where `types` is None."""
     found: dict[str, list[Shape]] = {}
     for qtype in timed_types(inventory, types):
         for shape, tensors in shapes_of(inventory).items():
             if any(qtype.name in t.legal_types for t in tensors):
                 found.setdefault(qtype.name, []).append(shape)
-    if (heads := head_shape(inventory)) is not None:
+    if heads := head_shape(inventory):
         for k, v in timed_caches(heads):
             if types is None or {k, v} <= set(types):
                 found[f"{k}/{v}"] = [heads]
@@ -134,7 +129,7 @@ def standard_model() -> Iterator[Inventory]:
         ("llama.feed_forward_length", UINT32, n_ff),
         ("llama.attention.head_count", UINT32, n_embd // 64),
         ("llama.attention.head_count_kv", UINT32, n_kv // 64),
-        ("llama.attention.layer_norm_rms_epsilon", 6, 1e-5),
+        ("llama.attention.layer_norm_rms_epsilon", FLOAT32, 1e-5),
         ("llama.vocab_size", UINT32, n_vocab),
         ("tokenizer.ggml.model", STRING, "none"),
     ]
@@ -148,14 +143,12 @@ def standard_model() -> Iterator[Inventory]:
     shapes: dict[str, tuple[int, ...]] = {"token_embd": (n_embd, n_vocab), "output_norm": (n_embd,)}
     for i in range(n_layer):
         shapes |= {f"blk.{i}.{name}": shape for shape, names in layer.items() for name in names}
-    records, offset = [], 0
-    for name, shape in shapes.items():
-        qtype = lookup("F16" if len(shape) > 1 else "F32")
-        records.append(TensorRecord(f"{name}.weight", shape, qtype.ggml_id, offset))
-        offset += -(-qtype.size_bytes(shape) // 32) * 32
-    header = encode_header([encode_kv(k, t, v) for k, t, v in metadata], records, 32)
+    kinds = {1: lookup("F32"), 2: lookup("F16")}
+    rows = ((f"{name}.weight", shape, kinds[len(shape)]) for name, shape in shapes.items())
+    records, size = records_of(rows, DEFAULT_ALIGNMENT)
+    header = encode_header([encode_kv(*pair) for pair in metadata], records, DEFAULT_ALIGNMENT)
     with tempfile.TemporaryDirectory(prefix="apreqel-") as folder:
         path = Path(folder) / "standard.gguf"
         path.write_bytes(header)
-        os.truncate(path, len(header) + offset)
+        os.truncate(path, len(header) + size)
         yield read_inventory(path)

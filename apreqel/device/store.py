@@ -26,9 +26,8 @@ from apreqel.workspace import Workspace, opened
 
 def store_folder() -> Path:
     """Where measured and imported profiles are kept, by the system's custom."""
-    if sys.platform == "darwin":
-        base = Path.home() / "Library" / "Application Support"
-    else:
+    base = Path.home() / "Library" / "Application Support"
+    if sys.platform != "darwin":
         base = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
     return base / "apreqel" / "profiles"
 
@@ -37,9 +36,6 @@ def bundled_folder() -> Path:
     """Profiles of common devices that come with apreqel."""
     installed = Path(__file__).parents[1] / "device_profiles"
     return installed if installed.is_dir() else Path(__file__).parents[2] / "device_profiles"
-
-
-# --- by name -------------------------------------------------------------------------------------
 
 
 def safe_name(name: str) -> str:
@@ -52,9 +48,8 @@ def list_profiles() -> list[tuple[str, Path]]:
     found: dict[str, Path] = {}
     for folder in (store_folder(), bundled_folder()):
         for path in sorted(folder.glob("*.json")):
-            if path.stem != "schema":
-                found.setdefault(path.stem, path)
-    return list(found.items())
+            found.setdefault(path.stem, path)
+    return [(name, path) for name, path in found.items() if name != "schema"]
 
 
 def load_named(name: str) -> DeviceProfile:
@@ -85,9 +80,6 @@ def import_profile(path: Path) -> tuple[str, Path]:
     return target.stem, target
 
 
-# --- of this device ------------------------------------------------------------------------------
-
-
 def own_profiles(n_threads: int | str = "*") -> Iterator[DeviceProfile]:
     """What was measured on this very device with this llama.cpp, with any number of threads."""
     if any(store_folder().glob("*.json")):
@@ -102,15 +94,14 @@ def stored_profile(n_threads: int) -> DeviceProfile | None:
     return next(own_profiles(n_threads), None)
 
 
-def tuned_profile() -> DeviceProfile | None:
-    """The stored profile of this device whose number of threads was tuned, not given."""
-    return next((p for p in own_profiles() if p.thread_seconds), None)
+def tuned_threads() -> int | None:
+    """Threads of the stored profile of this device for which they were tuned, not given."""
+    return next((p.n_threads for p in own_profiles() if p.thread_seconds), None)
 
 
 def usual_threads() -> int:
     """Threads that this device was tuned to, or else one a physical core."""
-    tuned = tuned_profile()
-    return tuned.n_threads if tuned else default_threads()
+    return tuned_threads() or default_threads()
 
 
 def with_threads(space: Workspace, n_threads: int | None) -> Workspace:
@@ -123,8 +114,8 @@ def profile_of(space: Workspace, *, again: bool = False) -> DeviceProfile:
 
     Raises LockedError where another apreqel is timing: two would disturb each other.
     """
-    if space.tune_threads and (tuned := tuned_profile()):
-        space = replace(space, n_threads=tuned.n_threads, tune_threads=False)
+    if space.tune_threads and (tuned := tuned_threads()):
+        space = replace(space, n_threads=tuned, tune_threads=False)
     with artifacts.lock(store_folder() / ".lock"):
         known = None if space.tune_threads else stored_profile(space.n_threads)
         if known and not again and known.is_complete(space.inventory):

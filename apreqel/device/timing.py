@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, TypeVar
@@ -157,11 +158,10 @@ class _Measurement:
 
     def _missing(self, known: DeviceProfile, types: Sequence[str] | None) -> dict[str, list[Shape]]:
         """What was not timed yet, by type."""
-        result, timed = {}, {**known.kernels, **known.attention}
-        for name, shapes in timed_shapes(self.space.inventory, types).items():
-            if missing := [shape for shape in shapes if shape.key not in timed.get(name, {})]:
-                result[name] = missing
-        return result
+        timed = {**known.kernels, **known.attention}
+        wanted = timed_shapes(self.space.inventory, types).items()
+        left = {n: [s for s in shapes if s.key not in timed.get(n, {})] for n, shapes in wanted}
+        return {name: shapes for name, shapes in left.items() if shapes}
 
     def _round(self, missing: Mapping[str, Sequence[Shape]]) -> None:
         """Every pair once. The order changes, so that no type always follows the same one."""
@@ -177,25 +177,24 @@ class _Measurement:
                     self._read(name, runs)
 
     def _read(self, name: str, runs: Mapping[Shape, TimedRun]) -> None:
-        is_attention = any(isinstance(shape, HeadShape) for shape in runs)
-        cycles = _ATTENTION_CYCLES if is_attention else (_DECODE_CYCLES, _PREFILL_CYCLES)
-        wanted = _ATTENTION_SECONDS / CACHED_TOKENS if is_attention else _PREFILL_SECONDS
-        tokens = {shape: self._prefill_tokens(run, wanted) for shape, run in runs.items()}
+        cycles, wanted = (_DECODE_CYCLES, _PREFILL_CYCLES), _PREFILL_SECONDS
+        if "/" in name:
+            cycles, wanted = _ATTENTION_CYCLES, _ATTENTION_SECONDS / CACHED_TOKENS
+        prompts = [(run, self._prefill_tokens(run, wanted)) for run in runs.values()]
         for run in runs.values():
             run.seconds(1)
 
         def read() -> tuple[list[list[float]], list[list[float]]]:
             """Cycles through all shapes."""
             decode = [[run.seconds(1) for run in runs.values()] for _ in range(cycles[0])]
-            pairs = [(run, tokens[shape]) for shape, run in runs.items()]
-            return decode, [[run.seconds(n, 1) / n for run, n in pairs] for _ in range(cycles[1])]
+            return decode, [[run.seconds(n, 1) / n for run, n in prompts] for _ in range(cycles[1])]
 
-        (decode, prefill), reasons = self._undisturbed(read)
-        for i, (shape, run) in enumerate(runs.items()):
-            pair = name, shape.key
-            self.layouts[pair] = run.layout
-            self.decode.add(pair, median(row[i] for row in decode), reasons)
-            self.prefill.add(pair, median(row[i] for row in prefill), reasons)
+        readings, reasons = self._undisturbed(read)
+        columns = (map(median, zip(*rows, strict=True)) for rows in readings)
+        for (shape, run), decode, prefill in zip(runs.items(), *columns, strict=True):
+            self.layouts[name, shape.key] = run.layout
+            self.decode.add((name, shape.key), decode, reasons)
+            self.prefill.add((name, shape.key), prefill, reasons)
 
     def _undisturbed(self, read: Callable[[], Result]) -> tuple[Result, Sequence[str]]:
         """A reading and what disturbed it. Such are taken again, with patience each and in all."""
@@ -213,9 +212,8 @@ class _Measurement:
         if self.n_prompt <= _LEAST_PREFILL_TOKENS:
             return self.n_prompt
         run.seconds(_LEAST_PREFILL_TOKENS, 1)
-        once = run.seconds(_LEAST_PREFILL_TOKENS, 1)
-        wanted = int(seconds / once) * _LEAST_PREFILL_TOKENS
-        tokens = max(_LEAST_PREFILL_TOKENS, min(self.n_prompt, wanted))
+        times = int(seconds / run.seconds(_LEAST_PREFILL_TOKENS, 1))
+        tokens = max(_LEAST_PREFILL_TOKENS, min(self.n_prompt, times * _LEAST_PREFILL_TOKENS))
         run.seconds(tokens, 1)
         return tokens
 
@@ -232,9 +230,8 @@ class _Measurement:
         self, known: DeviceProfile, timed: Mapping[str, Sequence[Shape]]
     ) -> DeviceProfile:
         rows = {name: {s.key: self._kernel(name, s) for s in timed[name]} for name in timed}
-        attention = {name: row for name, row in rows.items() if "/" in name}
-        kernels = {name: row for name, row in rows.items() if name not in attention}
-        return known.merged(replace(known, kernels=kernels, attention=attention))
+        attention = {name: rows.pop(name) for name in timed if "/" in name}
+        return known.merged(replace(known, kernels=rows, attention=attention))
 
     # -- real runs --
 
@@ -252,12 +249,8 @@ class _Measurement:
             for name, (types, share) in found.items()
             if share == fullest
         }
-        chosen = {
-            max(sums, key=lambda name: sums[name][0]),
-            min(sums, key=lambda name: sums[name][0]),
-            max(sums, key=lambda name: sums[name][1]),
-        }
-        for name in sorted(chosen):
+        decode, prefill = (lambda name: sums[name][0]), (lambda name: sums[name][1])
+        for name in sorted({max(sums, key=decode), min(sums, key=decode), max(sums, key=prefill)}):
             self.anchors[name], _ = found[name]
             write_shapes(inventory, self.anchors[name], self._anchor_file(name))
 
@@ -266,10 +259,8 @@ class _Measurement:
 
     def _real_run(self, label: str, path: Path) -> None:
         self.space.progress(f"timing, round {self.decode.count}: llama.cpp with {label}", 0, 0)
-        n_threads, n_prompt = self.space.n_threads, self.n_prompt
-        (run, sampling), reasons = self._undisturbed(
-            lambda: real_runs.time_file(path, n_threads, n_prompt)
-        )
+        timed = partial(real_runs.time_file, path, self.space.n_threads, self.n_prompt)
+        (run, sampling), reasons = self._undisturbed(timed)
         self.sampling.append(sampling)
         self.decode.add(("run", label), run.decode, reasons)
         self.decode.add(("run at depth", label), run.decode_at_depth, reasons)
@@ -277,11 +268,9 @@ class _Measurement:
 
     def real(self, label: str) -> RealRun:
         """The median run of a file that was run in the rounds."""
-        return real_runs.RealRun(
-            self.prefill.level(("run", label)).seconds,
-            self.decode.level(("run", label)).seconds,
-            self.decode.level(("run at depth", label)).seconds,
-        )
+        prefill = self.prefill.level(("run", label))
+        decode, deep = (self.decode.level((what, label)) for what in ("run", "run at depth"))
+        return real_runs.RealRun(prefill.seconds, decode.seconds, deep.seconds)
 
     def _overhead(self, profile: DeviceProfile) -> Overhead:
         inventory, anchors = self.space.inventory, dict[str, Anchor]()

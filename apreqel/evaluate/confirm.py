@@ -65,8 +65,7 @@ def confirmed_plan(planner: Planner, bench: FileBench) -> Plan:
     planner = replace(planner, damage=replace(planner.damage, files=bench.known.own))
     closer = [r for r in rivals if r.is_closer_than(chosen) and solved.allows(r.types)]
     by_closeness = request.prefer in ("accuracy", "balanced") and not request.weights
-    notes = []
-    beyond = most is not None and attempt.nats > most
+    notes, beyond = [], most is not None and attempt.nats > most
     if beyond:
         notes.append(
             f"as a real file it measures {attempt.nats:.5f} nats, beyond the limit of {most:.5f}; "
@@ -79,7 +78,11 @@ def confirmed_plan(planner: Planner, bench: FileBench) -> Plan:
             + (", without GPTQ" if request.gptq else "")
         )
     made = make_plan(planner, solved, None if chosen is attempt.file else chosen.types)
-    results = [_result(file, chosen) for file in (attempt.file, *rivals)]
+    results = []
+    for file in (attempt.file, *rivals):
+        ratio, *interval = chosen.ratio(file)
+        facts = file.label, file.size_bytes, file.kld, file.kld_p999
+        results.append(FileResult(*facts, ratio, (interval[0], interval[1]), file is chosen))
     return replace(made, notes=[*made.notes, *notes], beyond_limit=beyond, files=results)
 
 
@@ -102,13 +105,13 @@ def _measured_nats(plan: Plan) -> float:
 
 def _merit(plan: Plan) -> tuple[bool, float]:
     """What the priority wants least of; first of all that limits are kept."""
+    cost = _measured_nats(plan)
     if plan.prefer == "memory":
-        return plan.beyond_limit, float(plan.size_bytes)
-    if plan.prefer == "latency" and plan.speed is not None:
+        cost = plan.size_bytes
+    elif plan.prefer == "latency" and plan.speed is not None:
         n_prompt, n_generated = plan.provenance.settings["workload"]
-        seconds = n_prompt / plan.speed.prefill.value + n_generated / plan.speed.decode.value
-        return plan.beyond_limit, float(seconds)
-    return plan.beyond_limit, _measured_nats(plan)
+        cost = n_prompt / plan.speed.prefill.value + n_generated / plan.speed.decode.value
+    return plan.beyond_limit, cost
 
 
 def measure_ladder(planner: Planner, bench: FileBench, count: int) -> None:
@@ -119,8 +122,7 @@ def measure_ladder(planner: Planner, bench: FileBench, count: int) -> None:
     options, inventory = planner.options(None), planner.inventory
     n_weights = sum(t.n_elements for t in inventory.quantizable)
     least = sum(float(row.min()) for row in options.sizes)
-    bits = np.linspace(_LADDER_BITS[0], _LADDER_BITS[1], count + 2)[1:-1]
-    for n_bytes in bits * n_weights / 8:
+    for n_bytes in np.linspace(*_LADDER_BITS, count + 2)[1:-1] * n_weights / 8:
         if n_bytes > least:
             solution = solve(options.damages, [Limit("size", options.sizes, float(n_bytes))])
             bench.measure("ladder", inventory.types | options.types_of(solution))
@@ -134,8 +136,7 @@ def _within(planner: Planner, most: float | None, bench: FileBench) -> _Attempt:
 
     Where damage is not what is traded for size or speed, a plan below the limit is left alone.
     """
-    request = planner.request
-    uses_room = request.prefer in ("memory", "latency") and not request.weights
+    nearest_enough = _NEAR if _trades_damage(planner) else 0.0
     factor = 1.0
     found: list[tuple[float, float, _Attempt]] = []  # nats over the limit, factor, attempt
     for _ in range(_ROUNDS):
@@ -152,7 +153,7 @@ def _within(planner: Planner, most: float | None, bench: FileBench) -> _Attempt:
             return attempt
         ratio = attempt.nats / most if most > 0 else math.inf
         found.append((ratio, factor, attempt))
-        if (_NEAR <= ratio <= 1) or (ratio <= 1 and not uses_room) or not 0 < ratio < math.inf:
+        if nearest_enough <= ratio <= 1 or not 0 < ratio < math.inf:
             break
         factor = _next_factor([row[:2] for row in found])
     below = [row for row in found if row[0] <= 1]
@@ -170,29 +171,23 @@ def _next_factor(found: Sequence[tuple[float, float]]) -> float:
         return float(below[1] * (above[1] / below[1]) ** np.clip(part, 0.1, 0.9))
     ratio, factor = found[-1]
     # Files answer less than the limit is moved by: step farther the longer it takes.
-    step = (aim / ratio) ** len(found)
-    return float(factor * np.clip(step, 0.4, 2.5))
+    return float(factor * np.clip((aim / ratio) ** len(found), 0.4, 2.5))
+
+
+def _trades_damage(planner: Planner) -> bool:
+    """Whether damage, up to its limit, is given for size or speed."""
+    return planner.request.prefer in ("memory", "latency") and not planner.request.weights
 
 
 def _most_nats(planner: Planner, bench: FileBench) -> float | None:
     """The damage that must not be passed, in nats of a real run; None for no such limit."""
-    request = planner.request
+    most = planner.request.max_kld_nats
     if planner.damage.metric != "kld":
         return None  # real files are measured in KLD
-    if request.max_kld_nats is not None:
-        return request.max_kld_nats
-    if request.prefer in ("memory", "latency") and not request.weights:
+    if most is None and _trades_damage(planner):
         stock = bench.measure(f"stock {DEFAULT_PRESET}", planner.stock)
         return stock.kld.mean + planner.experts_nats
-    return None
-
-
-def _result(file: FileMeasurement, chosen: FileMeasurement) -> FileResult:
-    ratio, low, high = chosen.ratio(file)
-    interval, is_taken = (low, high), file is chosen
-    return FileResult(
-        file.label, file.size_bytes, file.kld, file.kld_p999, ratio, interval, is_taken
-    )
+    return most
 
 
 # --- rivals --------------------------------------------------------------------------------------
@@ -207,15 +202,15 @@ def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str
     as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, gptq=False).nats)
     options = replace(options, damages=as_they_are)
     data_bytes = total(options.sizes, solved.solution.choice[: len(options.names)])
-    own = planner.inventory.types
-    groups: Sequence[Mapping[str, dict[str, str]]] = (
-        {f"stock {preset}": planner.probed.stock_types(preset) for preset in STOCK},
-        {f"uniform {t}": own | types for t, types in uniform_maps(options).items()},
-    )
-    for group in groups:
-        best = best_fitting(group, options, data_bytes)
-        if best is not None:
-            yield best, group[best]
+    for kind, maps in stock_and_uniform(planner, options).items():
+        if best := best_fitting(maps, options, data_bytes):
+            yield f"{kind} {best}", planner.inventory.types | maps[best]
+
+
+def stock_and_uniform(planner: Planner, options: Options) -> dict[str, dict[str, dict[str, str]]]:
+    """The maps of all stock presets and of all single types, by name."""
+    stock = {preset: planner.probed.stock_types(preset) for preset in STOCK}
+    return {"stock": stock, "uniform": uniform_maps(options)}
 
 
 def best_fitting(

@@ -49,8 +49,8 @@ class FileMeasurement:
 
     def ratio(self, rival: FileMeasurement) -> tuple[float, float, float]:
         """This file's KLD over the rival's, paired, with its 95% interval."""
-        ours, theirs = np.array(self.kld_by_chunk), np.array(rival.kld_by_chunk)
-        return ratio_interval(ours, theirs, len(ours))
+        n_chunks = len(self.kld_by_chunk)
+        return ratio_interval(np.array(self.kld_by_chunk), np.array(rival.kld_by_chunk), n_chunks)
 
     def is_closer_than(self, rival: FileMeasurement) -> bool:
         """Whether the whole paired interval says so."""
@@ -77,7 +77,7 @@ class MeasuredFiles(Record):
 
 def measured_files(probed: ProbedModel) -> MeasuredFiles:
     """What was measured before with the same text and imatrix. Raises ArtifactError."""
-    found = probed.load(MeasuredFiles, probed.space.folder / MEASURED_FILE)
+    found = MeasuredFiles.load_same(probed.space.folder / MEASURED_FILE, probed.provenance)
     return found or MeasuredFiles(probed.provenance)
 
 
@@ -104,16 +104,12 @@ class FileBench(AbstractContextManager["FileBench"]):
     def measure(self, label: str, types: Mapping[str, str]) -> FileMeasurement:
         """Write the file, compare it with the original, delete it. Raises EngineError."""
         gptq = self._gptq if label in _OWN else None
-        version = VERSION if gptq else 0
-        key = f"{map_key(types)} {version}"
-        found = self.known.files.get(key)
-        if found is None:
-            found = self._measured(label, types, gptq)
-        elif found.label == label or label not in _OWN:
-            return replace(found, label=label)
-        found = replace(found, label=label)
-        self.known = replace(self.known, files={**self.known.files, key: found})
-        self.known.save(self._probed.space.folder / MEASURED_FILE)
+        key = f"{map_key(types)} {VERSION if gptq else 0}"
+        known = self.known.files.get(key)
+        found = replace(known or self._measured(label, types, gptq), label=label)
+        if known is None or (known.label != label and label in _OWN):
+            self.known = replace(self.known, files={**self.known.files, key: found})
+            self.known.save(self._probed.space.folder / MEASURED_FILE)
         return found
 
     def _measured(self, label: str, types: Mapping[str, str], gptq: Gptq | None) -> FileMeasurement:
@@ -136,16 +132,10 @@ class FileBench(AbstractContextManager["FileBench"]):
                 n_threads=space.n_threads,
                 allow_requantize=True,
             )
-            result = self._text.compare(path)
-            chunks = result.kld_nats.reshape(self._text.tokens.n_chunks, -1).mean(axis=1)
-            return FileMeasurement(
-                label,
-                dict(types),
-                path.stat().st_size,
-                tuple(chunks.tolist()),
-                float(np.quantile(result.kld_nats, 0.999)),
-                VERSION if gptq else 0,
-            )
+            klds, size = self._text.compare(path).kld_nats, path.stat().st_size
+        chunks = klds.reshape(self._text.tokens.n_chunks, -1).mean(axis=1).tolist()
+        worst, version = float(np.quantile(klds, 0.999)), VERSION if gptq else 0
+        return FileMeasurement(label, dict(types), size, tuple(chunks), worst, version)
 
 
 def map_key(types: Mapping[str, str]) -> str:

@@ -63,7 +63,7 @@ class ProbedSwaps(Record):
 
 def probed_swaps(probed: ProbedModel) -> ProbedSwaps:
     """What was probed before with the same text and imatrix. Raises ArtifactError."""
-    found = probed.load(ProbedSwaps, probed.space.folder / SWAPS_FILE)
+    found = ProbedSwaps.load_same(probed.space.folder / SWAPS_FILE, probed.provenance)
     return found or ProbedSwaps(probed.provenance)
 
 
@@ -95,7 +95,7 @@ def refined(planner: Planner, limit_factor: float) -> Planner:
     found: dict[Pair, Swap] = {}
     last: Mapping[str, str] = {}
     with ExitStack() as stack:
-        bench: _PlannedBench | None = None
+        bench: tuple[ProbeBench, ReferenceRun] | None = None
         for _ in range(_ROUNDS):
             solved = solve_request(planner, limit_factor)
             types = solved.options.types_of(solved.solution)
@@ -106,7 +106,7 @@ def refined(planner: Planner, limit_factor: float) -> Planner:
             missing = [s for s in wanted if s not in known.of(types)]
             if missing:
                 bench = bench or stack.enter_context(_planned_bench(probed))
-                for swap in bench.probes(types, missing):
+                for swap in _probes(probed, *bench, types, missing):
                     known = known.with_swap(types, swap)
                     source.check()
                     known.save(probed.space.folder / SWAPS_FILE)
@@ -117,38 +117,36 @@ def refined(planner: Planner, limit_factor: float) -> Planner:
     return planner
 
 
-@dataclass(frozen=True)
-class _PlannedBench:
-    """The original under llama.cpp, into which plans are written to probe from there."""
-
-    probed: ProbedModel
-    bench: ProbeBench
-    reference: ReferenceRun
-
-    def probes(self, types: Mapping[str, str], pairs: Sequence[Pair]) -> Iterator[Swap]:
-        """Each as soon as it was probed; those that give NaN are left out."""
-        own, n_chunks = self.probed.inventory.types, self.reference.tokens.n_chunks
-        names = self.probed.sensitivity.tensors
-        planned = {name: lookup(types[name]) for name in names if types[name] != own[name]}
-        with self.bench.installed(planned):
-            before = self.bench.compare(self.reference)
-            for i, (name, chosen, other) in enumerate(pairs):
-                self.probed.space.progress("probing swaps around the plan", i, len(pairs))
-                after = self.bench.probe(name, lookup(other), self.reference)
-                if after.is_finite:
-                    change = estimate(after.kld_nats - before.kld_nats, n_chunks)
-                    yield Swap(name, chosen, other, change.mean, change.standard_error)
+def _probes(
+    probed: ProbedModel,
+    bench: ProbeBench,
+    reference: ReferenceRun,
+    types: Mapping[str, str],
+    pairs: Sequence[Pair],
+) -> Iterator[Swap]:
+    """Each as soon as it was probed; those that give NaN are left out."""
+    own = probed.inventory.types
+    planned = {n: lookup(types[n]) for n in probed.sensitivity.tensors if types[n] != own[n]}
+    with bench.installed(planned):
+        before = bench.compare(reference)
+        for i, (name, chosen, other) in enumerate(pairs):
+            probed.space.progress("probing swaps around the plan", i, len(pairs))
+            after = bench.probe(name, lookup(other), reference)
+            if after.is_finite:
+                change = estimate(after.kld_nats - before.kld_nats, reference.tokens.n_chunks)
+                yield Swap(name, chosen, other, change.mean, change.standard_error)
 
 
 @contextmanager
-def _planned_bench(probed: ProbedModel) -> Iterator[_PlannedBench]:
+def _planned_bench(probed: ProbedModel) -> Iterator[tuple[ProbeBench, ReferenceRun]]:
+    """The original under llama.cpp, into which plans are written to probe from there."""
     text = probe_set(probed.sensitivity.probe_tokens[:_CHUNKS])
     with (
         scratch_copy(probed.space) as scratch,
         LoadedModel(scratch, patchable=True) as model,
         opened_bench(probed.space, scratch, model, text, probed.imatrix) as bench,
     ):
-        yield _PlannedBench(probed, bench, bench.reference(text, scratch.parent))
+        yield bench, bench.reference(text, scratch.parent)
 
 
 def open_swaps(solved: Solved) -> Sequence[Pair]:

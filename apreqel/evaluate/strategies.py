@@ -13,13 +13,14 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from apreqel.arrays import Doubles
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.store import profile_for
-from apreqel.evaluate.confirm import STOCK, best_fitting, uniform_maps
+from apreqel.evaluate.confirm import best_fitting, stock_and_uniform
 from apreqel.evaluate.real_files import measured_files
 from apreqel.evaluate.verify import VerificationReport, VerifySettings, verify
 from apreqel.model.qtypes import nearest
-from apreqel.plan.options import Doubles, Options
+from apreqel.plan.options import Options
 from apreqel.plan.plan import encode_metadata, output_metadata
 from apreqel.plan.planner import Planner
 from apreqel.quantize import quantize_model
@@ -49,13 +50,8 @@ def strategies(planner: Planner, file_bytes: int) -> dict[str, dict[str, str]]:
     def solved(label: str, costs: Sequence[Doubles]) -> None:
         made[label] = own | options.types_of(solve(costs, [limit]))
 
-    rivals = {
-        "uniform": uniform_maps(options),
-        "stock": {preset: planner.probed.stock_types(preset) for preset in STOCK},
-    }
-    for label, maps in rivals.items():
-        best = best_fitting(maps, options, 1.001 * limit.at_most)
-        if best is not None:
+    for label, maps in reversed(stock_and_uniform(planner, options).items()):
+        if best := best_fitting(maps, options, 1.001 * limit.at_most):
             made[label] = own | maps[best]
     solved("error only", options.rows(lambda name, t: tensors[name].errors.weights[t]))
     if planner.profile is not None:
@@ -80,14 +76,14 @@ def compare_strategies(
     damage = replace(damage_model(probed.sensitivity), files=measured_files(probed).own)
     profile = profile_for(space, None, needed=False)
     made = strategies(Planner(probed, damage, profile=profile), file_bytes)
+    made = {"apreqel": made["apreqel"]} | made  # ours first
     with TemporaryDirectory(prefix="compare-", dir=space.folder) as folder:
-        files = {}
-        for i, label in enumerate(["apreqel", *(name for name in made if name != "apreqel")]):
+        files = {label: Path(folder) / f"{label.replace(' ', '-')}.gguf" for label in made}
+        for i, (label, types) in enumerate(made.items()):
             space.progress(f"writing {label}", i, len(made))
-            files[label] = Path(folder) / f"{label.replace(' ', '-')}.gguf"
             quantize_model(
                 space.inventory,
-                made[label],
+                types,
                 files[label],
                 imatrix=probed.imatrix,
                 extra_metadata=encode_metadata(output_metadata(probed.imatrix)),
@@ -99,14 +95,11 @@ def compare_strategies(
 
 def _first_probes_alone(found: Sensitivity) -> DamageModel:
     """Damages from one probe a tensor, without kernels and real files."""
-    return DamageModel(
-        {
-            name: replace(
-                t, errors=replace(t.errors, kernels={}), probes=dict(list(t.probes.items())[:1])
-            )
-            for name, t in found.tensors.items()
-        }
-    )
+    tensors = {}
+    for name, tensor in found.tensors.items():
+        errors, first = replace(tensor.errors, kernels={}), dict(list(tensor.probes.items())[:1])
+        tensors[name] = replace(tensor, errors=errors, probes=first)
+    return DamageModel(tensors)
 
 
 def _nearest(options: Options, i: int, bits: float) -> int:
@@ -122,7 +115,7 @@ def _layer_score(
     The quotas of the ranking get three neighbouring widths of bits; the widest that fit are taken.
     """
     n, inventory = len(options.names), planner.inventory
-    latency, memory, harm = np.zeros(n), np.zeros(n), np.zeros(n)
+    latency, memory, harm = np.zeros((3, n))
     for i, name in enumerate(options.names):
         j, tensor = _nearest(options, i, 4.5), inventory.by_name[name]
         type_name = options.types[i][j]
@@ -133,8 +126,7 @@ def _layer_score(
     order = np.argsort(-(scaled[0] + scaled[1]) / (scaled[2] + _EPSILON))
     cuts = np.cumsum([round(quota * n) for quota in _QUOTAS[:2]])
     level = np.empty(n, int)
-    for rank, i in enumerate(order):
-        level[i] = int(np.searchsorted(cuts, rank, side="right"))
+    level[order] = np.searchsorted(cuts, np.arange(n), side="right")
     best: Choice | None = None
     for low in np.arange(1.5, 8.5, 0.125):
         widths = low, low + 1.0, low + 2.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -50,7 +51,7 @@ def on_text(
         with running(space.model, n_ctx, space.n_threads) as (model, context):
             tokens = cut(model)
             shape = tokens.n_scored, model.n_vocab
-            require_space(space.folder, 4 * shape[0] * shape[1], "the original's logits")
+            require_space(space.folder, 4 * math.prod(shape), "the original's logits")
             store = np.memmap(Path(scratch) / "reference.f32", np.float32, "w+", shape=shape)
             space.progress("evaluating the original", 0, tokens.n_scored)
             for rows, logits in evaluated(context, tokens):

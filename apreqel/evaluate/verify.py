@@ -7,7 +7,7 @@ timings taken in turn.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -83,17 +83,14 @@ class Versus:
     def verdict(self) -> str:
         """One plain sentence."""
         low, high = self.kld_ratio_interval
+        ratio = f"({self.kld_ratio:.2f} x its"
         if high < 1:
-            quality = f"closer to the original ({self.kld_ratio:.2f} x its KL divergence)"
+            quality = f"closer to the original {ratio} KL divergence)"
         elif low > 1:
-            quality = (
-                f"NOT better: farther from the original ({self.kld_ratio:.2f} x its divergence)"
-            )
+            quality = f"NOT better: farther from the original {ratio} divergence)"
         else:
-            quality = (
-                f"not shown to be closer or farther ({self.kld_ratio:.2f} x its KL divergence, "
-                f"95% interval {low:.2f} to {high:.2f})"
-            )
+            interval = f"95% interval {low:.2f} to {high:.2f}"
+            quality = f"not shown to be closer or farther {ratio} KL divergence, {interval})"
         text = f"against {self.rival}: {quality}, at {self.size_ratio:.3f} x its bytes"
         if self.prefill_ratio is not None and self.decode_ratio is not None:
             text += (
@@ -120,26 +117,19 @@ def check_types(path: Path, types: Mapping[str, str]) -> None:
     """Re-read `path`; raise VerificationError naming a tensor whose type is not the planned one."""
     found = read_inventory(path).types
     for name in sorted(found.keys() | types.keys()):
-        if found.get(name) != types.get(name):
-            raise VerificationError(
-                f"{path}: tensor {name} is {found.get(name, 'absent')}, the plan says "
-                f"{types.get(name, 'absent')}"
-            )
+        is_now, planned = found.get(name, "absent"), types.get(name, "absent")
+        if is_now != planned:
+            raise VerificationError(f"{path}: tensor {name} is {is_now}, the plan says {planned}")
 
 
 def provenance_of(space: Workspace, settings: VerifySettings, text: Text) -> Provenance:
     """Of a verification with these settings on this text."""
-    facts = asdict(settings) | {"text_sha256": text.sha256}
-    return Provenance(space.sha256, build_info(), settings=facts)
+    settings_on_text = asdict(settings) | {"text_sha256": text.sha256}
+    return Provenance(space.sha256, build_info(), settings=settings_on_text)
 
 
 def verify(
-    space: Workspace,
-    files: Mapping[str, Path],
-    *,
-    text: Text,
-    settings: VerifySettings,
-    predicted_nats: float | None = None,
+    space: Workspace, files: Mapping[str, Path], *, text: Text, settings: VerifySettings
 ) -> VerificationReport:
     """Measure `files` (label -> path, ours first) against the original.
 
@@ -151,8 +141,8 @@ def verify(
             f"{text.name}: was used for calibration; verify on another text"
         )
     paths = {"original": space.model, **files}
-    inventories = [space.inventory, *(read_inventory(p) for p in files.values())]
-    comparisons: list[Comparison] = []
+    inventories = [space.inventory, *map(read_inventory, files.values())]
+    results: list[Comparison] = []
 
     def cut(model: LoadedModel) -> TokenSet:
         return verification_set(model, text, settings.n_ctx, settings.n_scored)
@@ -161,23 +151,17 @@ def verify(
         tokens = text_run.tokens
         for i, (label, path) in enumerate(paths.items()):
             space.progress(f"evaluating {label}", i, len(paths))
-            comparisons.append(text_run.compare(path))
+            results.append(text_run.compare(path))
     space.progress("evaluating", len(paths), len(paths))
-    speeds: list[MeasuredSpeed | None] = [None] * len(paths)
-    if settings.with_speed:
-        speeds = list(_speeds(space, list(paths.values()), settings))
-    measured = [
-        _measured(*row, tokens.n_chunks)
-        for row in zip(paths, inventories, comparisons, speeds, strict=True)
-    ]
+    speeds = _speeds(space, list(paths.values()), settings)
+    rows = zip(paths, inventories, results, speeds, strict=True)
+    measured = [_measured(*row, tokens.n_chunks) for row in rows]
     versus = [
-        _versus(measured[1], comparisons[1], rival, comparison, tokens.n_chunks)
-        for rival, comparison in zip(measured[2:], comparisons[2:], strict=True)
+        _versus(measured[1], results[1], rival, result, tokens.n_chunks)
+        for rival, result in zip(measured[2:], results[2:], strict=True)
     ]
-    provenance = provenance_of(space, settings, text)
-    return VerificationReport(
-        provenance, text.name, tokens.n_scored, measured, versus, predicted_nats
-    )
+    made = provenance_of(space, settings, text)
+    return VerificationReport(made, text.name, tokens.n_scored, measured, versus)
 
 
 def _calibration_texts(space: Workspace) -> set[str]:
@@ -190,26 +174,22 @@ def _calibration_texts(space: Workspace) -> set[str]:
 
 
 def _measured(
-    label: str,
-    inventory: Inventory,
-    result: Comparison,
-    speed: MeasuredSpeed | None,
-    n_chunks: int,
+    label: str, inventory: Inventory, result: Comparison, speed: MeasuredSpeed | None, n_chunks: int
 ) -> Measured:
-    nll = estimate(result.nll_nats, n_chunks)
-    low, high = nll.interval
+    nll, klds = estimate(result.nll_nats, n_chunks), result.kld_nats
+    mean, low, high = np.exp([nll.mean, *nll.interval]).tolist()
     return Measured(
         label,
         str(inventory.files[0]),
         inventory.size_bytes,
         inventory.bits_per_weight,
-        estimate(result.kld_nats, n_chunks),
-        float(np.median(result.kld_nats)),
-        float(np.quantile(result.kld_nats, 0.999)),
-        float(np.exp(nll.mean)),
-        (float(np.exp(low)), float(np.exp(high))),
-        estimate(result.same_top1.astype(np.float64), n_chunks),
-        speed,
+        kld=estimate(klds, n_chunks),
+        kld_median=float(np.median(klds)),
+        kld_p999=float(np.quantile(klds, 0.999)),
+        perplexity=mean,
+        perplexity_interval=(low, high),
+        top1=estimate(result.same_top1.astype(np.float64), n_chunks),
+        speed=speed,
     )
 
 
@@ -230,23 +210,22 @@ def _versus(
 
 def _speeds(
     space: Workspace, paths: Sequence[Path], settings: VerifySettings
-) -> Iterator[MeasuredSpeed]:
+) -> list[MeasuredSpeed] | list[None]:
     """Tokens/s of each file, the files taken in turn so that drift meets all alike."""
-    prefill: list[list[float]] = [[] for _ in paths]
-    decode: list[list[float]] = [[] for _ in paths]
-    for repetition in range(settings.repetitions):
-        for i, path in enumerate(paths):
-            done = repetition * len(paths) + i
-            space.progress("timing", done, settings.repetitions * len(paths))
-            run, _ = time_file(path, space.n_threads, settings.n_prompt)
-            prefill[i].append(1 / run.prefill)
-            decode[i].append(1 / run.decode)
+    if not settings.with_speed:
+        return [None] * len(paths)
+    turns, speeds = list(paths) * settings.repetitions, []
+    for done, path in enumerate(turns):
+        space.progress("timing", done, len(turns))
+        run, _ = time_file(path, space.n_threads, settings.n_prompt)
+        speeds.append((1 / run.prefill, 1 / run.decode))
     space.progress("timing", 1, 1)
-    for p, d in zip(prefill, decode, strict=True):
-        yield MeasuredSpeed(
-            float(np.median(p)), _spread(p), float(np.median(d)), _spread(d), settings.repetitions
+    by_turn = np.array(speeds).reshape(settings.repetitions, len(paths), 2)
+    medians = np.median(by_turn, axis=0)
+    deviations = np.std(by_turn, axis=0, ddof=min(1, len(by_turn) - 1))  # of a single run: 0
+    return [
+        MeasuredSpeed(prefill, prefill_off, decode, decode_off, settings.repetitions)
+        for (prefill, decode), (prefill_off, decode_off) in zip(
+            medians.tolist(), deviations.tolist(), strict=True
         )
-
-
-def _spread(values: Sequence[float]) -> float:
-    return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+    ]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import ctypes
 import os
 import time
+import timeit
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from apreqel.arrays import Floats, Tokens
 from apreqel.errors import EngineError, UnsupportedModelError
 from apreqel.llama.library import c_call, gpu_name, library, reason
-from apreqel.llama.listening import Floats, Listener, Tokens, show_node
+from apreqel.llama.listening import Listener, show_node
 from apreqel.model.qtypes import QuantType
 
 _ALL_LAYERS = 999
@@ -21,7 +25,7 @@ _FLASH_ATTENTION_ON = 1  # LLAMA_FLASH_ATTN_TYPE_ENABLED
 _LOAD_WITHOUT_MAP = 0  # LLAMA_LOAD_MODE_NONE
 
 
-class LoadedModel:
+class LoadedModel(AbstractContextManager["LoadedModel"]):
     """One model in llama.cpp. A context manager; use its contexts one thread at a time."""
 
     def __init__(
@@ -48,7 +52,11 @@ class LoadedModel:
         if simulated:
             params.no_alloc, params.load_mode = True, _LOAD_WITHOUT_MAP
         if overrides:
-            params.kv_overrides = _integer_overrides(overrides)
+            # An array whose last entry, with an empty key, ends it.
+            params.kv_overrides = table = (c.llama_model_kv_override * (len(overrides) + 1))()
+            for row, (key, value) in zip(table, overrides.items(), strict=False):
+                row.tag, row.key = c.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
+                row.value.val_i64 = value
         with c_call():
             self._model = c.llama_model_load_from_file(os.fsencode(path), params)
         if not self._model:
@@ -60,9 +68,6 @@ class LoadedModel:
             )
         self._vocab = c.llama_model_get_vocab(self._model)
         self.n_vocab = int(c.llama_vocab_n_tokens(self._vocab))
-
-    def __enter__(self) -> LoadedModel:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self._model:
@@ -77,10 +82,8 @@ class LoadedModel:
     @property
     def bos_token(self) -> int | None:
         """The token that starts a text, where the model wants one."""
-        c = library()
-        wants = c.llama_vocab_get_add_bos(self._vocab)
-        token = int(c.llama_vocab_bos(self._vocab))
-        return token if wants and token >= 0 else None
+        token = int(library().llama_vocab_bos(self._vocab))
+        return token if library().llama_vocab_get_add_bos(self._vocab) and token >= 0 else None
 
     def tokenize(self, text: str) -> Tokens:
         """The tokens of `text`, without special tokens."""
@@ -120,17 +123,7 @@ class LoadedModel:
         return Context(self, params, listener)
 
 
-def _integer_overrides(values: Mapping[str, int]) -> Any:
-    """An array of llama_model_kv_override; its last entry, with an empty key, ends it."""
-    c = library()
-    table = (c.llama_model_kv_override * (len(values) + 1))()
-    for row, (key, value) in zip(table, values.items(), strict=False):
-        row.tag, row.key = c.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
-        row.value.val_i64 = value
-    return table
-
-
-class Context:
+class Context(AbstractContextManager["Context"]):
     """Evaluates batches of whole sequences; with a listener, shows it every matrix product."""
 
     def __init__(self, model: LoadedModel, params: Any, listener: Listener | None) -> None:
@@ -147,9 +140,6 @@ class Context:
         self._n_batch = int(c.llama_n_batch(self._context))
         self._batch = c.llama_batch_init(params.n_ctx, 0, 1)
 
-    def __enter__(self) -> Context:
-        return self
-
     def __exit__(self, *_: object) -> None:
         if self._context:
             library().llama_batch_free(self._batch)
@@ -163,7 +153,7 @@ class Context:
         llama.cpp's own memory, valid until the next call. Sequences are independent. Raises
         EngineError, or whatever the listener raised.
         """
-        c, batch, (n_sequences, length) = library(), self._batch, tokens.shape
+        batch, (n_sequences, length) = self._batch, tokens.shape
         wanted = np.zeros(tokens.shape, np.int8)
         np.put_along_axis(wanted, positions, 1, axis=1)
         batch.n_tokens = tokens.size
@@ -176,10 +166,13 @@ class Context:
             ctypes.memmove(target, values.ctypes.data, values.nbytes)
         for i in range(tokens.size):
             batch.seq_id[i][0] = i // length
-        c.llama_memory_clear(c.llama_get_memory(self._context), True)
+        self._forget()
         self._decode()
-        logits = c.llama_get_logits(self._context)
+        logits = library().llama_get_logits(self._context)
         return np.ctypeslib.as_array(logits, shape=(positions.size, self.model.n_vocab))
+
+    def _forget(self) -> None:
+        library().llama_memory_clear(library().llama_get_memory(self._context), True)
 
     def _decode(self) -> None:
         with c_call() as self._interrupts:
@@ -192,8 +185,7 @@ class Context:
 
     def seconds(self, n_prompt: int, n_generated: int) -> tuple[float, float]:
         """Seconds for a prompt of `n_prompt` tokens, and for `n_generated` one by one after it."""
-        c = library()
-        c.llama_memory_clear(c.llama_get_memory(self._context), True)
+        self._forget()
         started = time.perf_counter()
         for first in range(0, n_prompt, self._n_batch):
             self._run(first, min(self._n_batch, n_prompt - first))
@@ -217,15 +209,11 @@ class Context:
             c.llama_sampler_init_dist(0),
         ):
             c.llama_sampler_chain_add(chain, sampler)
-        taken = []
         try:
-            for _ in range(repetitions):
-                started = time.perf_counter()
-                c.llama_sampler_sample(chain, self._context, -1)
-                taken.append(time.perf_counter() - started)
+            sample = partial(c.llama_sampler_sample, chain, self._context, -1)
+            return min(timeit.repeat(sample, number=1, repeat=repetitions))
         finally:
             c.llama_sampler_free(chain)
-        return min(taken)
 
     def _run(self, start: int, count: int) -> None:
         batch = self._batch

@@ -14,23 +14,22 @@ import mmap
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
+from itertools import takewhile
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Bytes
 from apreqel.errors import EngineError
 from apreqel.llama import graphs
 from apreqel.llama.graphs import CACHED_TOKENS, HeadShape, MatrixShape
 from apreqel.llama.library import ggml, gpu_device, readable
 from apreqel.llama.quants import quantize_rows
+from apreqel.model.gguf_header import DEFAULT_ALIGNMENT, padded
 from apreqel.model.qtypes import QuantType
 
-Bytes = npt.NDArray[np.uint8]
-
-_ALIGNMENT = 32  # of tensors in a GGUF
 _DEVICE_CPU, _DEVICE_ACCEL = 0, 3
 _USAGE_WEIGHTS = 1
 
@@ -45,7 +44,7 @@ _TOKENS_ASKED = 512
 _MOST_CACHES = 96
 
 
-class KernelBench:
+class KernelBench(AbstractContextManager["KernelBench"]):
     """The backends that llama.cpp would run a model on, with a number of threads.
 
     A GPU of this build comes first, as llama.cpp puts all layers there; then what the CPU has. A
@@ -54,7 +53,7 @@ class KernelBench:
 
     def __init__(self, n_threads: int) -> None:
         g = ggml()
-        devices = [g.ggml_backend_dev_get(i) for i in range(g.ggml_backend_dev_count())]
+        devices = map(g.ggml_backend_dev_get, range(g.ggml_backend_dev_count()))
         accelerators = [d for d in devices if g.ggml_backend_dev_type(d) == _DEVICE_ACCEL]
         gpus, cpu = [d for d in (gpu_device(),) if d], g.ggml_backend_dev_by_type(_DEVICE_CPU)
         if not cpu:
@@ -66,22 +65,14 @@ class KernelBench:
         set_threads(self._backends[cpu], n_threads)
         # In llama.cpp's order: GPU, accelerators in the host's memory, repacked layouts, plain.
         self._plain = plain = g.ggml_backend_dev_buffer_type(cpu)
-        self._buffer_types: list[tuple[int, int]] = [
-            (d, g.ggml_backend_dev_buffer_type(d))
-            for d in [*gpus, *accelerators]
-            if g.ggml_backend_dev_buffer_type(d) != plain
-        ]
+        others = ((d, g.ggml_backend_dev_buffer_type(d)) for d in [*gpus, *accelerators])
+        self._buffer_types: list[tuple[int, int]] = [pair for pair in others if pair[1] != plain]
         address = g.ggml_backend_reg_get_proc_address(registry, b"ggml_backend_dev_get_extra_bufts")
         if address:
             get = ctypes.CFUNCTYPE(ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p)(address)
-            extra, i = get(cpu), 0
-            while extra and extra[i]:
-                self._buffer_types.append((cpu, extra[i]))
-                i += 1
+            # Up to the first that is null.
+            self._buffer_types += [(cpu, extra) for extra in takewhile(bool, get(cpu) or ())]
         self._buffer_types.append((cpu, plain))
-
-    def __enter__(self) -> KernelBench:
-        return self
 
     def __exit__(self, *_: object) -> None:
         for backend in self._backends.values():
@@ -121,11 +112,11 @@ class KernelBench:
         # them. Of many experts as many are made as the share holds.
         row_bytes = qtype.size_bytes((shape.row_length, 1))
         n_experts = min(shape.n_experts, max(shape.n_used, share // (row_bytes * shape.n_rows)))
-        part = shape.n_rows
-        if row_bytes * shape.n_rows * max(1, n_experts) > share:
-            part = min(part, max(256, share // (row_bytes * max(1, n_experts)) // 64 * 64))
+        part, n_matrices = shape.n_rows, max(1, n_experts)
+        if row_bytes * part * n_matrices > share:
+            part = min(part, max(256, share // (row_bytes * n_matrices) // 64 * 64))
         timed = replace(shape, n_rows=part, n_experts=n_experts)
-        one_bytes = row_bytes * part * max(1, n_experts)
+        one_bytes = row_bytes * part * n_matrices
         n_copies = max(1, share // one_bytes)
         with ExitStack() as stack:
             context = stack.enter_context(graphs.tensor_context(n_copies))
@@ -140,7 +131,7 @@ class KernelBench:
                 for copy in copies:
                     graphs.fill(copy, content)
             # A round reads all weights once, experts included.
-            count = n_copies * max(1, max(1, n_experts) // max(1, shape.n_used))
+            count = n_copies * max(1, n_matrices // max(1, shape.n_used))
             scale, build = shape.n_rows / part, partial(graphs.products, timed, copies)
             backend = self._backends[device]
             yield TimedRun(_name(buffer_type), backend, device, build, count, scale, stack)
@@ -224,15 +215,13 @@ class TimedRun:
 @contextmanager
 def _mapped(copies: Sequence[int], content: Bytes) -> Iterator[None]:
     """The tensors in a map of a file (in memory), as llama.cpp maps what it does not repack."""
-    g, step = ggml(), -(-content.nbytes // _ALIGNMENT) * _ALIGNMENT
-    handle = os.memfd_create("apreqel-weights")
-    try:
-        os.truncate(handle, step * len(copies))
-        place = mmap.mmap(handle, step * len(copies))
-    finally:
-        os.close(handle)
+    g, step = ggml(), padded(content.nbytes, DEFAULT_ALIGNMENT)
+    size = step * len(copies)
+    with open(os.memfd_create("apreqel-weights"), "r+b") as file:
+        file.truncate(size)
+        place = mmap.mmap(file.fileno(), size)
     address = np.frombuffer(place, np.uint8).ctypes.data
-    buffer = g.ggml_backend_cpu_buffer_from_ptr(address, step * len(copies))
+    buffer = g.ggml_backend_cpu_buffer_from_ptr(address, size)
     try:
         for i, copy in enumerate(copies):
             place[i * step : i * step + content.nbytes] = content.tobytes()

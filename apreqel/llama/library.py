@@ -212,9 +212,8 @@ def listen_to_log() -> Iterator[list[str]]:
 
 def reason() -> str:
     """Why llama.cpp failed: the first error it wrote in the last `c_call`, for messages."""
-    lines = [line for line in _recent_log if line]
-    errors = [line for line in lines if "error" in line or "fail" in line] or lines
-    return printable(errors[0], 200) if errors else "llama.cpp gave no reason"
+    lines = [line for line in _recent_log if line] or ["llama.cpp gave no reason"]
+    return printable(next((s for s in lines if "error" in s or "fail" in s), lines[0]), 200)
 
 
 @contextmanager

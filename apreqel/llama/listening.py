@@ -11,12 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Floats, Tokens
 from apreqel.llama.library import GgmlTensor, ggml, readable
-
-Floats = npt.NDArray[np.float32]
-Tokens = npt.NDArray[np.int32]
 
 # Called with the weight's name, its activations [tokens, row length] and, for a mixture of
 # experts, the chosen experts [tokens, experts used] (else None). Also with the hidden states
@@ -57,8 +54,7 @@ def _tensor_at(pointer: int) -> Any:
 def _values(pointer: int, kind: type[np.generic]) -> Any:
     """A tensor's values as a numpy array, its ggml dimensions reversed; copied off a device."""
     tensor, dtype = _tensor_at(pointer), np.dtype(kind)
-    shape = tuple(int(n) for n in reversed(tensor.ne))
-    strides = tuple(int(n) for n in reversed(tensor.nb))
+    shape, strides = tuple(tensor.ne)[::-1], tuple(tensor.nb)[::-1]
     extent = sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + dtype.itemsize
     # A view has the buffer of what it looks into.
     buffer = _tensor_at(tensor.view_src).buffer if tensor.view_src else tensor.buffer

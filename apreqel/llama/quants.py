@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Bytes, Floats
 from apreqel.llama.library import ggml
 from apreqel.model.qtypes import QuantType
-
-Floats = npt.NDArray[np.float32]
-Bytes = npt.NDArray[np.uint8]
 
 
 def supports(qtype: QuantType) -> bool:
@@ -18,8 +15,8 @@ def supports(qtype: QuantType) -> bool:
         traits = ggml().ggml_get_type_traits(qtype.ggml_id).contents
     except ValueError:
         return False
-    same = traits.blck_size == qtype.block_size and traits.type_size == qtype.block_bytes
-    return bool(same and (not qtype.is_quantized or traits.to_float))
+    same = (traits.blck_size, traits.type_size) == (qtype.block_size, qtype.block_bytes)
+    return same and (not qtype.is_quantized or bool(traits.to_float))
 
 
 def fake_quantize(
@@ -29,9 +26,8 @@ def fake_quantize(
 
     Goes through ggml itself, so that the values are those of the real file.
     """
-    packed = quantize_rows(weights, qtype, imatrix)
     values = np.empty_like(weights) if out is None else out
-    read_values(packed, qtype, values)
+    read_values(quantize_rows(weights, qtype, imatrix), qtype, values)
     return values
 
 
@@ -49,12 +45,10 @@ def quantize_rows(weights: Floats, qtype: QuantType, imatrix: Floats | None) -> 
 
 def read_values(packed: Bytes, qtype: QuantType, out: Floats) -> None:
     """Dequantise whole blocks into `out` (any shape of as many weights as `packed` holds)."""
-    if qtype.name == "F32":
-        out.reshape(-1)[:] = packed.view(np.float32).reshape(-1)
-    elif qtype.name == "F16":
-        out.reshape(-1)[:] = packed.view(np.float16).reshape(-1)
+    if qtype.name in ("F32", "F16"):
+        out.reshape(-1)[:] = packed.reshape(-1).view(f"f{qtype.block_bytes}")
     elif qtype.name == "BF16":
-        wide = packed.view(np.uint16).reshape(-1).astype(np.uint32) << 16
+        wide = packed.reshape(-1).view(np.uint16).astype(np.uint32) << 16
         out.reshape(-1)[:] = wide.view(np.float32)
     else:
         traits = ggml().ggml_get_type_traits(qtype.ggml_id).contents

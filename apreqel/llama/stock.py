@@ -9,12 +9,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Floats
 from apreqel.errors import EngineError, printable
 from apreqel.llama.library import c_call, library, listen_to_log, reason
-
-Floats = npt.NDArray[np.float32]
 
 _DRY_RUN_NAME = re.compile(r"^\[ *\d+/ *\d+\] +(\S+) +- \[.*\], type = +(\S+),")
 _DRY_RUN_TYPE = re.compile(r"-> +[\d.]+ MiB \((\S+)\)")
@@ -23,8 +21,8 @@ _DRY_RUN_TYPE = re.compile(r"-> +[\d.]+ MiB \((\S+)\)")
 def stock_presets() -> Mapping[str, int]:
     """The presets of llama_model_quantize by name, with their ftype number."""
     prefix = "LLAMA_FTYPE_MOSTLY_"
-    found = {k[len(prefix) :]: int(v) for k, v in vars(library()).items() if k.startswith(prefix)}
-    return dict(sorted(found.items(), key=lambda item: item[1]))
+    found = {k: int(v) for k, v in vars(library()).items() if k.startswith(prefix)}
+    return {k.removeprefix(prefix): found[k] for k in sorted(found, key=found.__getitem__)}
 
 
 def stock_quantize(
@@ -54,19 +52,18 @@ def stock_quantize(
     params.allow_requantize, params.dry_run = allow_requantize, dry_run
     entries = [(name.encode(), np.ascontiguousarray(v, np.float32)) for name, v in imatrix.items()]
     if entries:
-        table = (c.llama_model_imatrix_data * (len(entries) + 1))()
+        params.imatrix = table = (c.llama_model_imatrix_data * (len(entries) + 1))()
         for row, (name, values) in zip(table, entries, strict=False):
             row.name, row.size = name, values.size
             row.data = values.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-        params.imatrix = table
     if tensor_types:
-        overrides = (c.llama_model_tensor_override * (len(tensor_types) + 1))()
-        for override, (pattern, ggml_id) in zip(overrides, tensor_types, strict=False):
-            override.pattern, override.type = pattern.encode(), ggml_id
-        params.tt_overrides = overrides
-    paths = os.fsencode(source), os.fsencode(output)
+        params.tt_overrides = table = (c.llama_model_tensor_override * (len(tensor_types) + 1))()
+        for row, (pattern, ggml_id) in zip(table, tensor_types, strict=False):
+            row.pattern, row.type = pattern.encode(), ggml_id
     with c_call():
-        code = c.llama_model_quantize(*paths, ctypes.byref(params))
+        code = c.llama_model_quantize(
+            os.fsencode(source), os.fsencode(output), ctypes.byref(params)
+        )
     if code:
         raise EngineError(f"{source}: llama_model_quantize to {preset} failed: {reason()}")
 

@@ -15,17 +15,18 @@ it allocates anything. It never reads tensor data. Values are kept as the bytes 
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
 
 from apreqel.errors import ModelFileError, printable
-from apreqel.model.qtypes import by_id
+from apreqel.model.qtypes import QuantType, by_id
 
 MAGIC = b"GGUF"
 WRITTEN_VERSION = 3
@@ -33,27 +34,14 @@ DEFAULT_ALIGNMENT = 32
 ALIGNMENT_KEY = "general.alignment"
 
 # ggml.h and gguf.cpp
-MAX_DIMS, MAX_NAME_BYTES, MAX_ALIGNMENT = 4, 63, 64 << 10
-MAX_KEY_BYTES = 64 << 10
+MAX_DIMS, MAX_NAME_BYTES, MAX_KEY_BYTES, MAX_ALIGNMENT = 4, 63, 64 << 10, 64 << 10
 _MAX_ELEMENTS = 2**63 - 1
-
-SCALARS: Mapping[int, struct.Struct] = {
-    0: struct.Struct("<B"),
-    1: struct.Struct("<b"),
-    2: struct.Struct("<H"),
-    3: struct.Struct("<h"),
-    4: struct.Struct("<I"),
-    5: struct.Struct("<i"),
-    6: struct.Struct("<f"),
-    7: struct.Struct("<?"),
-    10: struct.Struct("<Q"),
-    11: struct.Struct("<q"),
-    12: struct.Struct("<d"),
-}
-# Codes of value types that are written here.
+# enum gguf_type: the numbers, in order of their codes, and the codes that are written here.
+_CODES, _FORMATS = (*range(8), 10, 11, 12), "BbHhIif?Qqd"
+SCALARS = {code: struct.Struct(f"<{c}") for code, c in zip(_CODES, _FORMATS, strict=True)}
 UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_U32, _U64 = SCALARS[4], SCALARS[10]
 _BLOCK_BYTES = 1 << 20
 # The least that a key-value pair or a tensor record can take: for counts that cannot be true.
 _LEAST_KV_BYTES, _LEAST_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
@@ -72,15 +60,19 @@ class KeyValue:
     @cached_property
     def value(self) -> Scalar | list[Scalar]:
         """Decoded when asked for; text that is not UTF-8 is shown with replacement signs."""
-        start = 8 + len(self.key.encode()) + 4
-        return _decode(self.raw, start, self.value_type)[0]
+        if self.value_type != ARRAY:
+            return next(_values(self.raw, self._start, self.value_type, 1))
+        (element,) = _U32.unpack_from(self.raw, self._start)
+        return list(_values(self.raw, self._start + 12, element, self.array_length))
 
     @property
     def array_length(self) -> int:
         """How many elements, without decoding them; 0 for what is no array."""
-        if self.value_type != ARRAY:
-            return 0
-        return int(_U64.unpack_from(self.raw, 8 + len(self.key.encode()) + 8)[0])
+        return _U64.unpack_from(self.raw, self._start + 4)[0] if self.value_type == ARRAY else 0
+
+    @property
+    def _start(self) -> int:
+        return 8 + len(self.key.encode()) + 4
 
 
 @dataclass(frozen=True)
@@ -127,10 +119,9 @@ def read_header(path: Path) -> GgufHeader:
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be opened ({error.strerror})") from error
     try:
-        try:
-            return _Reader(path, descriptor).read()
-        except OSError as error:
-            raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from error
+        return _Reader(path, descriptor).read()
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from error
     finally:
         os.close(descriptor)
 
@@ -155,37 +146,34 @@ class _Reader:
                 f"{what} at byte {self.at} needs {count} bytes, {self.file_size - self.at} are "
                 "left; the file is cut short or damaged; download it again"
             )
-        while len(self._seen) < end:
-            wanted = max(_BLOCK_BYTES, end - len(self._seen))
-            block = os.pread(self._descriptor, min(wanted, 1 << 24), len(self._seen))
-            if not block:
+        while (seen := len(self._seen)) < end:
+            wanted = min(max(_BLOCK_BYTES, end - seen), 1 << 24)
+            if not (block := os.pread(self._descriptor, wanted, seen)):
                 self.fail(f"{what}: the file was cut short while it was read")
             self._seen += block
 
-    def number(self, kind: struct.Struct, what: str) -> int:
-        self.need(kind.size, what)
-        value = int(kind.unpack_from(self._seen, self.at)[0])
-        self.at += kind.size
-        return value
+    def take(self, count: int, what: str) -> int:
+        """Step over the next `count` bytes, which must be there; where they start."""
+        self.need(count, what)
+        self.at += count
+        return self.at - count
 
     def u32(self, what: str) -> int:
-        return self.number(_U32, what)
+        return int(_U32.unpack_from(self._seen, self.take(4, what))[0])
 
     def u64(self, what: str) -> int:
-        return self.number(_U64, what)
+        return int(_U64.unpack_from(self._seen, self.take(8, what))[0])
 
     def string(self, what: str, at_most: int) -> str:
         length = self.u64(f"{what} length")
         if length > at_most:
             self.fail(f"{what} at byte {self.at - 8} has a length of {length}, over {at_most}")
-        self.need(length, what)
-        raw = bytes(self._seen[self.at : self.at + length])
+        start = self.take(length, what)
+        raw = bytes(self._seen[start : self.at])
         try:
-            text = raw.decode("utf-8")
+            return raw.decode("utf-8")
         except UnicodeDecodeError:
-            self.fail(f"{what} at byte {self.at} is not UTF-8: {printable(repr(raw), 60)}")
-        self.at += length
-        return text
+            self.fail(f"{what} at byte {start} is not UTF-8: {printable(repr(raw), 60)}")
 
     # -- the parts --
 
@@ -193,18 +181,20 @@ class _Reader:
         version = self._magic_and_version()
         n_tensors, n_kv = self.u64("tensor count"), self.u64("metadata count")
         left = self.file_size - self.at
-        if n_kv > left // _LEAST_KV_BYTES:
-            self.fail(f"metadata count {n_kv} cannot fit in the {left} bytes left; damaged header")
-        if n_tensors > left // _LEAST_TENSOR_BYTES:
-            self.fail(
-                f"tensor count {n_tensors} cannot fit in the {left} bytes left; damaged header"
-            )
+        needs = ("metadata", n_kv, _LEAST_KV_BYTES), ("tensor", n_tensors, _LEAST_TENSOR_BYTES)
+        for what, count, least in needs:
+            if count > left // least:
+                self.fail(
+                    f"{what} count {count} cannot fit in the {left} bytes left; damaged header"
+                )
         metadata: dict[str, KeyValue] = {}
         for i in range(n_kv):
-            pair = self._key_value(i)
-            if pair.key in metadata:
-                self.fail(f"key '{printable(pair.key)}' appears twice; damaged header")
-            metadata[pair.key] = pair
+            start, key = self.at, self.string(f"key {i}", MAX_KEY_BYTES)
+            value_type = self.u32(f"type of key '{printable(key)}'")
+            self._skip_value(key, value_type)
+            if key in metadata:
+                self.fail(f"key '{printable(key)}' appears twice; damaged header")
+            metadata[key] = KeyValue(key, value_type, bytes(self._seen[start : self.at]))
         alignment = self._alignment(metadata)
         records: dict[str, TensorRecord] = {}
         for i in range(n_tensors):
@@ -212,9 +202,8 @@ class _Reader:
             if record.name in records:
                 self.fail(f"tensor '{printable(record.name)}' appears twice; damaged header")
             records[record.name] = record
-        data_start = -(-self.at // alignment) * alignment
-        tensors, size = tuple(records.values()), self.file_size
-        header = GgufHeader(self.path, version, metadata, tensors, alignment, data_start, size)
+        places = alignment, padded(self.at, alignment), self.file_size
+        header = GgufHeader(self.path, version, metadata, tuple(records.values()), *places)
         self._check_extents(header)
         return header
 
@@ -235,42 +224,28 @@ class _Reader:
             )
         if version < 2:
             self.fail(f"GGUF version {version} is no longer read; convert the model again")
-        return self.fail(
-            f"GGUF version {version} is newer than this apreqel knows (3); update apreqel"
-        )
-
-    def _key_value(self, i: int) -> KeyValue:
-        start = self.at
-        key = self.string(f"key {i}", MAX_KEY_BYTES)
-        value_type = self.u32(f"type of key '{printable(key)}'")
-        self._skip_value(key, value_type)
-        return KeyValue(key, value_type, bytes(self._seen[start : self.at]))
+        self.fail(f"GGUF version {version} is newer than this apreqel knows (3); update apreqel")
 
     def _skip_value(self, key: str, value_type: int) -> None:
         """Check the extent of a value and step over it."""
-        what = f"value of key '{printable(key)}'"
+        shown = f"key '{printable(key)}'"
+        what = f"value of {shown}"
         if value_type == STRING:
-            length = self.u64(what)
-            self.need(length, what)
-            self.at += length
+            self.take(self.u64(what), what)
         elif value_type in SCALARS:
-            self.need(SCALARS[value_type].size, what)
-            self.at += SCALARS[value_type].size
-        elif value_type == ARRAY:
+            self.take(SCALARS[value_type].size, what)
+        elif value_type != ARRAY:
+            self.fail(f"{shown} has the unknown value type {value_type}")
+        else:
             element, length = self.u32(what), self.u64(what)
-            if element == ARRAY:
-                self.fail(
-                    f"key '{printable(key)}' is an array of arrays, which no model uses; damaged"
-                )
-            if element != STRING and element not in SCALARS:
-                self.fail(f"key '{printable(key)}' is an array of unknown type {element}")
             if element == STRING:
                 self._skip_strings(what, length)
+            elif element in SCALARS:
+                self.take(length * SCALARS[element].size, what)
+            elif element == ARRAY:
+                self.fail(f"{shown} is an array of arrays, which no model uses; damaged")
             else:
-                self.need(length * SCALARS[element].size, what)
-                self.at += length * SCALARS[element].size
-        else:
-            self.fail(f"key '{printable(key)}' has the unknown value type {value_type}")
+                self.fail(f"{shown} is an array of unknown type {element}")
 
     def _skip_strings(self, what: str, count: int) -> None:
         self.need(8 * count, what)  # each takes at least its length
@@ -294,11 +269,10 @@ class _Reader:
             self.fail(
                 f"{ALIGNMENT_KEY} has value type {pair.value_type}, expected {UINT32} (uint32)"
             )
-        value = pair.value
-        assert isinstance(value, int)
+        (value,) = _U32.unpack(pair.raw[-4:])
         if value == 0 or value & (value - 1) or value > MAX_ALIGNMENT:
             self.fail(f"{ALIGNMENT_KEY} is {value}, expected a power of two up to {MAX_ALIGNMENT}")
-        return value
+        return int(value)
 
     def _tensor(self, i: int) -> TensorRecord:
         name = self.string(f"name of tensor {i}", MAX_NAME_BYTES)
@@ -311,12 +285,10 @@ class _Reader:
         if not 1 <= n_dims <= MAX_DIMS:
             self.fail(f"{shown} has {n_dims} dimensions, expected 1 to {MAX_DIMS}")
         shape = tuple(self.u64(f"{shown} shape") for _ in range(n_dims))
-        n_elements = 1
-        for length in shape:
+        for i, length in enumerate(shape, 1):
             if length == 0:
                 self.fail(f"{shown} has an empty dimension: {list(shape)}")
-            n_elements *= length
-            if n_elements > _MAX_ELEMENTS:
+            if math.prod(shape[:i]) > _MAX_ELEMENTS:
                 self.fail(f"{shown} has a shape that overflows: {list(shape)}")
         ggml_type, offset = self.u32(f"{shown} type"), self.u64(f"{shown} offset")
         qtype = by_id().get(ggml_type)
@@ -338,24 +310,21 @@ class _Reader:
                 kind = "overlaps the one before" if tensor.offset < expected else "leaves a gap"
                 self.fail(f"{shown} {kind}: offset {tensor.offset}, expected {expected}")
             size = by_id()[tensor.ggml_type].size_bytes(tensor.shape)
-            if header.data_start + expected + size > self.file_size:
+            end = header.data_start + expected + size
+            if end > self.file_size:
                 self.fail(
-                    f"{shown} ends at byte {header.data_start + expected + size}, the file has "
-                    f"{self.file_size}; it is cut short; download it again"
+                    f"{shown} ends at byte {end}, the file has {self.file_size}; it is cut short; "
+                    "download it again"
                 )
-            expected += -(-size // header.alignment) * header.alignment
+            expected += padded(size, header.alignment)
         end = header.data_start + expected
         if end < self.file_size:
-            extra = os.pread(self._descriptor, 4, end)
-            joined = extra.startswith(MAGIC)
-            self.fail(
-                f"{self.file_size - end} bytes follow the last tensor"
-                + (
+            why = "; damaged, or joined from parts"
+            if os.pread(self._descriptor, 4, end) == MAGIC:
+                why = (
                     ": another GGUF file; shards must not be joined with cat, give the first shard"
-                    if joined
-                    else "; damaged, or joined from parts"
                 )
-            )
+            self.fail(f"{self.file_size - end} bytes follow the last tensor{why}")
 
 
 def _what_is_it(start: bytes) -> str:
@@ -378,27 +347,16 @@ def _what_is_it(start: bytes) -> str:
     return f"starts with {start[:4]!r}"
 
 
-def _decode(raw: bytes, at: int, value_type: int) -> tuple[Scalar | list[Scalar], int]:
-    """A value that `_skip_value` has checked, and where it ends."""
-    if value_type == STRING:
-        (length,) = _U64.unpack_from(raw, at)
-        return raw[at + 8 : at + 8 + length].decode("utf-8", "replace"), at + 8 + length
-    if value_type in SCALARS:
+def _values(raw: bytes, at: int, value_type: int, count: int) -> Iterator[Scalar]:
+    """Values of one type one after the other, whose extent `_skip_value` has checked."""
+    if value_type != STRING:
         kind = SCALARS[value_type]
-        (scalar,) = kind.unpack_from(raw, at)
-        return scalar, at + kind.size
-    (element,), (length,) = _U32.unpack_from(raw, at), _U64.unpack_from(raw, at + 4)
-    at += 12
-    if element != STRING:
-        kind = SCALARS[element]
-        values = [v for (v,) in kind.iter_unpack(raw[at : at + kind.size * length])]
-        return values, at + kind.size * length
-    texts: list[Scalar] = []
-    for _ in range(length):
-        text, at = _decode(raw, at, STRING)
-        assert isinstance(text, str)
-        texts.append(text)
-    return texts, at
+        yield from (v for (v,) in kind.iter_unpack(raw[at : at + kind.size * count]))
+        return
+    for _ in range(count):
+        start = at + 8
+        at = start + _U64.unpack_from(raw, at)[0]
+        yield raw[start:at].decode("utf-8", "replace")
 
 
 # --- writing -------------------------------------------------------------------------------------
@@ -425,23 +383,29 @@ def encode_header(
     metadata: Sequence[bytes], tensors: Sequence[TensorRecord], alignment: int
 ) -> bytes:
     """A whole version 3 header from metadata records as they are, padded to the alignment."""
-    parts = [
-        MAGIC,
-        _U32.pack(WRITTEN_VERSION),
-        _U64.pack(len(tensors)),
-        _U64.pack(len(metadata)),
-        *metadata,
-    ]
-    for tensor in tensors:
-        parts += [
-            _string(tensor.name),
-            _U32.pack(len(tensor.shape)),
-            *(_U64.pack(length) for length in tensor.shape),
-            _U32.pack(tensor.ggml_type),
-            _U64.pack(tensor.offset),
-        ]
+    counts = len(tensors), len(metadata)
+    parts = [MAGIC, struct.pack("<IQQ", WRITTEN_VERSION, *counts), *metadata]
+    for t in tensors:
+        n_dims = len(t.shape)
+        fields = struct.pack(f"<I{n_dims}QIQ", n_dims, *t.shape, t.ggml_type, t.offset)
+        parts += [_string(t.name), fields]
     raw = b"".join(parts)
-    return raw + b"\0" * (-len(raw) % alignment)
+    return raw.ljust(padded(len(raw), alignment), b"\0")
+
+
+def records_of(
+    tensors: Iterable[tuple[str, tuple[int, ...], QuantType]], alignment: int
+) -> tuple[list[TensorRecord], int]:
+    """Records of tensors (name, shape, type) that follow each other, and their bytes in all."""
+    records, offset = [], 0
+    for name, shape, qtype in tensors:
+        records.append(TensorRecord(name, shape, qtype.ggml_id, offset))
+        offset += padded(qtype.size_bytes(shape), alignment)
+    return records, offset
+
+
+def padded(size: int, alignment: int) -> int:
+    return -(-size // alignment) * alignment
 
 
 SHARD_NAME = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf$")

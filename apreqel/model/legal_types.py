@@ -15,6 +15,8 @@ _LEAST_BLOCK = 32
 
 # What llama.cpp never quantises (tensor_allows_quantization in llama-quant.cpp): part of the name,
 # and why.
+_TIME_MIX = r"time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight"
+_VISION = r"\.position_embd|sam\.(pos_embd|neck\.|net_)|\.rel_pos|\.patch_embd|\.patch_merger"
 _KEPT_BY_NAME: Sequence[tuple[str, str]] = (
     (r"_norm\.weight$", "a norm: tiny and sensitive"),
     (r"ffn_gate_inp\.weight$", "the expert router: tiny and decides everything"),
@@ -23,15 +25,9 @@ _KEPT_BY_NAME: Sequence[tuple[str, str]] = (
     (r"^position_embd\.weight$|^token_types\.weight$", "a position or token-type embedding"),
     (r"ssm_conv1d|shortconv\.conv\.weight", "a small convolution"),
     (r"indexer\.[kq]_proj\.weight", "a small indexer projection"),
-    (
-        r"time_mix_(first|w[012]|v[012]|a[012]|g[12]|decay_w[12]|lerp_fused)\.weight",
-        "small RWKV mix",
-    ),
+    (_TIME_MIX, "small RWKV mix"),
     (r"attn_rel_b\.weight", "a relative position bias"),
-    (
-        r"\.position_embd|sam\.pos_embd|sam\.neck\.|sam\.net_|\.rel_pos|\.patch_embd|\.patch_merger",
-        "part of the vision tower",
-    ),
+    (_VISION, "part of the vision tower"),
     (r"a\.rvq\.codebook|mm\.a\.code_embd", "an audio codebook"),
 )
 
@@ -48,13 +44,12 @@ def role_and_layer(name: str) -> tuple[str, int | None]:
 
 def keep_reason(name: str, shape: tuple[int, ...], qtype: QuantType) -> str | None:
     """Why llama.cpp leaves this tensor as it is; None where it may be quantised."""
-    if sum(length > 1 for length in shape[1:]) == 0:
+    if max(shape[1:], default=1) == 1:
         return "one-dimensional"
     if not name.endswith("weight"):
         return "not a weight matrix"
-    for pattern, reason in _KEPT_BY_NAME:
-        if re.search(pattern, name):
-            return reason
+    if by_name := next((why for part, why in _KEPT_BY_NAME if re.search(part, name)), None):
+        return by_name
     if not qtype.for_weights:
         return f"stored as {qtype.name}, which is no weight type"
     if shape[0] % _LEAST_BLOCK:
@@ -69,9 +64,6 @@ def legal_types(row_length: int, source: QuantType) -> tuple[str, ...]:
     halving (F32 to F16 or BF16).
     """
     floats = {"F32": FLOAT_TYPES}.get(source.name, (source.name,))
-    fitting = [
-        q
-        for q in registry().values()
-        if q.for_weights and q.holds_row(row_length) and (q.is_quantized or q.name in floats)
-    ]
-    return tuple(q.name for q in sorted(fitting, key=lambda q: (q.bits_per_weight, q.ggml_id)))
+    by_size = sorted(registry().values(), key=lambda q: (q.bits_per_weight, q.ggml_id))
+    allowed = (q for q in by_size if q.for_weights and (q.is_quantized or q.name in floats))
+    return tuple(q.name for q in allowed if q.holds_row(row_length))

@@ -6,6 +6,7 @@ treats activations comes from llama.cpp (`ggml.c`, `llama-quant.cpp`, `ggml-cpu.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -64,16 +65,10 @@ class QuantType:
         return row_length % self.block_size == 0
 
     def size_bytes(self, shape: tuple[int, ...]) -> int:
-        """Exact bytes of a tensor; `shape` in ggml order, row length first.
-
-        Raises ValueError where the row is not whole blocks.
-        """
+        """Exact bytes of a ggml shape, row length first. Raises ValueError for parts of blocks."""
         if not self.holds_row(shape[0]):
             raise ValueError(f"{self.name} cannot hold rows of {shape[0]}")
-        size = shape[0] // self.block_size * self.block_bytes
-        for length in shape[1:]:
-            size *= length
-        return size
+        return math.prod(shape) // self.block_size * self.block_bytes
 
 
 @lru_cache(maxsize=1)
@@ -82,10 +77,7 @@ def registry() -> Mapping[str, QuantType]:
     from gguf.constants import GGML_QUANT_SIZES
 
     by_id = sorted(GGML_QUANT_SIZES.items(), key=lambda item: int(item[0]))
-    return {
-        kind.name: QuantType(kind.name, int(kind), block_size, block_bytes)
-        for kind, (block_size, block_bytes) in by_id
-    }
+    return {kind.name: QuantType(kind.name, int(kind), *sizes) for kind, sizes in by_id}
 
 
 @lru_cache(maxsize=1)
@@ -106,8 +98,7 @@ def nearest(names: Iterable[str], bits_per_weight: float) -> str:
     """Of these types the nearest in bits; of equally near ones the larger, then the older."""
 
     def distance(name: str) -> tuple[float, float, int]:
-        qtype = registry()[name]
-        own = qtype.bits_per_weight
-        return abs(own - bits_per_weight), -own, qtype.ggml_id
+        own = registry()[name].bits_per_weight
+        return abs(own - bits_per_weight), -own, registry()[name].ggml_id
 
     return min(names, key=distance)

@@ -10,14 +10,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from apreqel.errors import UsageError, printable
-from apreqel.model.inventory import read_inventory
+from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup
-
-if TYPE_CHECKING:
-    from apreqel.model.inventory import Inventory
 
 
 def tensor_type_lines(types: Mapping[str, str], inventory: Inventory) -> str:
@@ -25,8 +21,8 @@ def tensor_type_lines(types: Mapping[str, str], inventory: Inventory) -> str:
 
     llama-quantize lower-cases the pattern and searches it as a regular expression.
     """
-    lines = [f"^{re.escape(t.name)}$={types[t.name]}".lower() for t in inventory.quantizable]
-    return "\n".join(lines) + "\n"
+    lines = (f"^{re.escape(t.name)}$={types[t.name]}\n".lower() for t in inventory.quantizable)
+    return "".join(lines)
 
 
 def custom_q(types: Mapping[str, str], inventory: Inventory) -> str:
@@ -57,15 +53,11 @@ def read_recipe(path: Path, inventory: Inventory) -> dict[str, str]:
                 rules.append((re.compile(pattern), lookup(kind.strip()).name))
             except (re.error, UsageError) as error:
                 raise UsageError(f"{path}, line {number}: {printable(rule)}: {error}") from error
-    types = {}
-    for tensor in inventory.quantizable:
-        for searched, kind in rules:
-            if searched.search(tensor.name):
-                types[tensor.name] = kind
-                break
-    if not types:
+    names = [t.name for t in inventory.quantizable]
+    found = {n: kind for pattern, kind in reversed(rules) for n in names if pattern.search(n)}
+    if not found:
         raise UsageError(f"{path}: names no tensor of {inventory.name}")
-    return types
+    return {name: found[name] for name in names if name in found}
 
 
 def types_of_file(path: Path, inventory: Inventory) -> dict[str, str]:

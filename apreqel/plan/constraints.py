@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from apreqel.errors import UsageError, printable
 from apreqel.model.inventory import Inventory, Tensor
@@ -22,26 +22,19 @@ class Constraints:
     only_types: Sequence[str] = ()
     exclude_types: Sequence[str] = ()
 
-    def pinned(self, name: str) -> str | None:
-        """The type that a tensor must have, if any."""
-        matching = [t for pattern, t in self.pins if fnmatch.fnmatchcase(name, pattern)]
-        return matching[-1] if matching else None
-
     def allowed(self, tensor: Tensor, types: Sequence[str]) -> list[str]:
         """Of `types`, what is left for the tensor. Raises UsageError where nothing is."""
-        pin = self.pinned(tensor.name)
-        if pin is not None:
+        pins = [t for pattern, t in self.pins if fnmatchcase(tensor.name, pattern)]
+        if pins:
+            pin = pins[-1]
             if pin not in types:
                 raise UsageError(
                     f"--pin {tensor.name}={pin}: it can be {', '.join(types)}; rows of "
                     f"{tensor.row_length} hold no other type, or it was not probed"
                 )
             return [pin]
-        left = [
-            t
-            for t in types
-            if (not self.only_types or t in self.only_types) and t not in self.exclude_types
-        ]
+        wanted = set(self.only_types or types) - set(self.exclude_types)
+        left = [t for t in types if t in wanted]
         if not left:
             raise UsageError(
                 f"--only-types, --exclude-types: leave nothing for tensor {tensor.name}, which can "
@@ -52,7 +45,7 @@ class Constraints:
     def check(self, inventory: Inventory) -> None:
         """Raise UsageError where a pattern matches nothing that can be quantised."""
         for pattern, _ in self.pins:
-            if not any(fnmatch.fnmatchcase(t.name, pattern) for t in inventory.quantizable):
+            if not any(fnmatchcase(t.name, pattern) for t in inventory.quantizable):
                 raise UsageError(
                     f"--pin {printable(pattern)}: matches no tensor that can be quantised; "
                     "apreqel inspect MODEL --json names them"
@@ -67,8 +60,8 @@ def parse_constraints(pins: Sequence[str], only: str | None, exclude: str | None
         if not equals or not pattern:
             raise UsageError(f"--pin {printable(pin)}: give pattern=TYPE, as in 'blk.0.*=Q8_0'")
         pairs.append((pattern, lookup(type_name).name))
-    lists = [
+    lists = (
         [lookup(part.strip()).name for part in (text or "").split(",") if part.strip()]
         for text in (only, exclude)
-    ]
+    )
     return Constraints(pairs, *lists)

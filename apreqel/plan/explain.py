@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from apreqel.arrays import Doubles
 from apreqel.errors import UsageError, printable
 from apreqel.model.inventory import Inventory
-from apreqel.plan.options import Doubles
 from apreqel.plan.solve import Solved
 from apreqel.sensitivity.damage import Damage
 from apreqel.solver.knapsack import priced
@@ -59,18 +59,18 @@ def explain_tensor(solved: Solved, name: str) -> list[OptionPrice]:
     """Every type that the tensor could have, smallest first. Raises UsageError."""
     options, timings = solved.options, solved.options.timings
     if name not in options.names:
-        like = [n for n in options.names if name in n][:5]
-        hint = f"; did you mean {', '.join(like)}?" if like else ""
+        like = ", ".join([n for n in options.names if name in n][:5])
+        hint = f"; did you mean {like}?" if like else ""
         raise UsageError(f"tensor {printable(name)}: is not in the plan{hint}")
     i = list(options.names).index(name)
     regrets = _regrets(solved, i)
     known = options.damage.table(name) if name in options.damage.tensors else {}
-    rows = []
-    for j, type_name in enumerate(options.types[i]):
+
+    def price(j: int, type_name: str) -> OptionPrice:
         nats = float(options.damages[i][j])
         # Its own type, or a cache's, is sure.
         damage = known.get(type_name, Damage(nats, 0.0, True))
-        row = OptionPrice(
+        return OptionPrice(
             type_name,
             j == solved.solution.choice[i],
             int(options.sizes[i][j]),
@@ -81,35 +81,28 @@ def explain_tensor(solved: Solved, name: str) -> list[OptionPrice]:
             float(timings.prefill[i][j]) if timings else None,
             float(regrets[j]),
         )
-        rows.append(row)
-    return sorted(rows, key=lambda row: (row.size_bytes, row.type_name))
+
+    prices = [price(j, t) for j, t in enumerate(options.types[i])]
+    return sorted(prices, key=lambda price: (price.size_bytes, price.type_name))
 
 
 def next_type(solved: Solved, i: int) -> NextType | None:
     """The type that a tensor would take next as limits change; None where it has no other."""
     types, chosen = solved.options.types[i], solved.solution.choice[i]
-    regrets = _regrets(solved, i)
-    others = [j for j in range(len(types)) if j != chosen]
-    if not others:
+    if len(types) == 1:
         return None
-    best = min(others, key=lambda j: regrets[j])
-    prices = [
-        (price * limit.one_more[0], k)
-        for k, (limit, price) in enumerate(zip(solved.limits, solved.solution.prices, strict=True))
-        if price > 0
-    ]
-    factor = None
-    if prices:
-        k = max(prices)[1]
-        price, row = solved.solution.prices[k], solved.limits[k].costs[i]
-        # Regret is linear in this price: zero at price - regret / (row[best] - row[chosen]).
-        step = float(row[best] - row[chosen])
-        gap = float(regrets[best] - regrets[chosen])
+    regrets = _regrets(solved, i)
+    best = min((j for j in range(len(types)) if j != chosen), key=lambda j: regrets[j])
+    regret, factor = float(regrets[best]), None
+    pairs = zip(solved.solution.prices, solved.limits, strict=True)
+    binding = [(price, limit) for price, limit in pairs if price > 0]
+    if binding:
+        price, limit = max(binding, key=lambda pair: pair[0] * pair[1].one_more[0])
+        # Regret is linear in this price: zero at price - regret / (cost of best - of chosen).
+        step = float(limit.costs[i][best] - limit.costs[i][chosen])
         if step:
-            factor = max(0.0, (price - gap / step) / price)
-    return NextType(
-        solved.options.names[i], types[chosen], types[best], float(regrets[best]), factor
-    )
+            factor = max(0.0, (price - (regret - float(regrets[chosen])) / step) / price)
+    return NextType(solved.options.names[i], types[chosen], types[best], regret, factor)
 
 
 def closest_choices(solved: Solved, count: int) -> list[NextType]:
@@ -120,24 +113,15 @@ def closest_choices(solved: Solved, count: int) -> list[NextType]:
 
 def shares_by_role(solved: Solved, inventory: Inventory) -> list[RoleShare]:
     """What each role takes of the bytes and of the damage, most damage first."""
-    rows: dict[str, list[tuple[str, int, float]]] = {}
-    options = solved.options
-    for i, name in enumerate(options.names):
-        j = solved.solution.choice[i]
+    options, rows = solved.options, dict[str, list[tuple[str, int, float]]]()
+    for i, (name, j) in enumerate(zip(options.names, solved.solution.choice, strict=True)):
         role = inventory.by_name[name].role if name in inventory.by_name else "KV cache"
-        rows.setdefault(role, []).append(
-            (options.types[i][j], int(options.sizes[i][j]), float(options.damages[i][j]))
-        )
-    shares = [
-        RoleShare(
-            role,
-            len(found),
-            sum(size for _, size, _ in found),
-            sum(damage for *_, damage in found),
-            sorted({type_name for type_name, *_ in found}),
-        )
-        for role, found in rows.items()
-    ]
+        row = options.types[i][j], int(options.sizes[i][j]), float(options.damages[i][j])
+        rows.setdefault(role, []).append(row)
+    shares = []
+    for role, found in rows.items():
+        types, sizes, damages = zip(*found, strict=True)
+        shares.append(RoleShare(role, len(found), sum(sizes), sum(damages), sorted(set(types))))
     return sorted(shares, key=lambda share: -share.damage_nats)
 
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import le
 
 import numpy as np
 
 from apreqel.device.profile import DeviceProfile, Speed
 from apreqel.errors import InfeasiblePlanError
-from apreqel.model.inventory import Inventory
 from apreqel.plan.options import Options
 from apreqel.plan.plan import encode_metadata
 from apreqel.plan.planner import Planner
@@ -53,23 +53,23 @@ def pareto_front(planner: Planner, n_points: int = 20) -> Front:
     """
     inventory, records = planner.inventory, encode_metadata(planner.metadata)
     options, limits, worst = _room(planner, planner.profile)
-    found: list[tuple[str, Solution]] = []
+
+    def point(label: str, solution: Solution) -> FrontPoint:
+        types = inventory.types | options.types_of(solution)
+        nats = options.damage.file_nats(total(options.damages, solution.choice))
+        size, speed = inventory.output_size(types, records), planner.speed(planner.running, types)
+        return FrontPoint(label, size, nats + options.experts_nats, speed, types)
+
+    points: list[FrontPoint] = []
     n_sizes = n_points if options.timings is None else -(-n_points // 2)
     for size in sizes_of(options, limits, worst, n_sizes):
         within = [options.size_limit(size), *limits]
         closest = solve(options.damages, within, _GAP)
-        found.append(("closest", closest))
+        points.append(point("closest", closest))
         if options.timings is not None:
             allowed = options.damage_limit(_FAST_ALLOWANCE * closest.objective, "closeness")
             seconds = options.timings.workload_seconds(*planner.request.workload)
-            found.append(("fast", solve(seconds, [*within, allowed], _GAP)))
-    points = []
-    for label, solution in found:
-        types = inventory.types | options.types_of(solution)
-        nats = options.damage.file_nats(total(options.damages, solution.choice))
-        size = inventory.output_size(types, records)
-        speed = _speed(planner, planner.running, types)
-        points.append(FrontPoint(label, size, nats + options.experts_nats, speed, types))
+            points.append(point("fast", solve(seconds, [*within, allowed], _GAP)))
     stock = [_stock_point(planner, preset) for preset in _STOCK_SHOWN]
     return Front(sorted(_not_beaten(points), key=lambda p: (p.size_bytes, p.damage_nats)), stock)
 
@@ -103,34 +103,19 @@ def sizes_of(options: Options, limits: Sequence[Limit], worst: float, count: int
 
 
 def _not_beaten(points: Sequence[FrontPoint]) -> list[FrontPoint]:
-    def row(point: FrontPoint) -> tuple[float, ...]:
-        speed = point.speed
-        seconds = (-speed.decode.value, -speed.prefill.value) if speed else ()
-        return point.size_bytes, point.damage_nats, *seconds
-
-    kept: list[FrontPoint] = []
-    for i, point in enumerate(points):
-        mine = row(point)
-        beaten = any(
-            all(a <= b for a, b in zip(row(other), mine, strict=True))
-            and (row(other) != mine or j < i)
-            for j, other in enumerate(points)
-            if j != i
-        )
-        if not beaten:
-            kept.append(point)
-    return kept
-
-
-def _speed(planner: Planner, model: Inventory, types: Mapping[str, str]) -> Speed | None:
-    request, profile = planner.request, planner.profile
-    if profile is None:
-        return None
-    return profile.predict(model, types, request.decode_context, n_prompt=request.workload[0])
+    """Those that no other equals or beats in everything; of equal ones the first."""
+    rows: dict[tuple[float, ...], FrontPoint] = {}
+    for p in points:
+        speeds = (-p.speed.decode.value, -p.speed.prefill.value) if p.speed else ()
+        rows.setdefault((p.size_bytes, p.damage_nats, *speeds), p)
+    return [
+        point
+        for mine, point in rows.items()
+        if not any(other != mine and all(map(le, other, mine)) for other in rows)
+    ]
 
 
 def _stock_point(planner: Planner, preset: str) -> FrontPoint:
-    types = planner.probed.stock_types(preset)
-    size, damage = planner.inventory.output_size(types), planner.damage.predicted(types, gptq=False)
-    speed = _speed(planner, planner.inventory, types)
-    return FrontPoint(preset, size, damage.nats, speed, types)
+    inventory, types = planner.inventory, planner.probed.stock_types(preset)
+    size, nats = inventory.output_size(types), planner.damage.predicted(types, gptq=False).nats
+    return FrontPoint(preset, size, nats, planner.speed(inventory, types), types)

@@ -24,25 +24,25 @@ _CACHE_NOTE = (
 def make_plan(planner: Planner, solved: Solved, types: Mapping[str, str] | None = None) -> Plan:
     """The plan of what was solved; with `types`, of that map instead, written without GPTQ."""
     probed, inventory, experts = planner.probed, planner.inventory, planner.experts
+    found, request, damage = probed.sensitivity, planner.request, planner.damage
     solved = solved.with_types(types) if types else solved
-    picked = solved.options.types_of(solved.solution)
+    options, choice = solved.options, solved.solution.choice
+    picked = options.types_of(solved.solution)
     cache_types = picked.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
-    chosen, gptq = inventory.types | picked, planner.request.gptq and not types
-    imatrix_sha256 = probed.sensitivity.imatrix_sha256
-    digest = map_digest(chosen, imatrix_sha256, experts.used if experts else None, gptq)
+    chosen, gptq = inventory.types | picked, request.gptq and not types
+    digest = map_digest(chosen, found.imatrix_sha256, experts.used if experts else None, gptq)
     metadata = planner.metadata | {"apreqel.plan": digest}
     tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
-    beside = _cache_and_experts_nats(planner, solved)
-    predicted = planner.damage.predicted(chosen, gptq)
+    beside = planner.experts_nats
+    if CACHES in options.names:
+        beside += options.cache_scale * float(options.damages[-1][choice[-1]])
+    predicted = damage.predicted(chosen, gptq)
     low, high = predicted.interval
+    build, settings = found.provenance.llama_build, asdict(request)
     made = Plan(
-        provenance=Provenance(
-            probed.space.sha256,
-            probed.sensitivity.provenance.llama_build,
-            settings=asdict(planner.request),
-        ),
+        provenance=Provenance(probed.space.sha256, build, settings=settings),
         types=chosen,
-        prefer=planner.request.prefer,
+        prefer=request.prefer,
         limits={limit.name: limit.at_most for limit in solved.limits},
         binding=list(solved.binding()),
         size_bytes=inventory.output_size(chosen, encode_metadata(metadata)),
@@ -51,14 +51,14 @@ def make_plan(planner: Planner, solved: Solved, types: Mapping[str, str] | None 
         damage_interval=(low + beside, high + beside),
         cache_and_experts_nats=beside,
         limit_factor=solved.limit_factor,
-        sensitivity_digest=probed.sensitivity.digest,
-        measured_files=[file.key for file in solved.options.damage.files],
-        swaps=list(planner.damage.swaps),
-        metric=planner.damage.metric,
+        sensitivity_digest=found.digest,
+        measured_files=[file.key for file in options.damage.files],
+        swaps=list(damage.swaps),
+        metric=damage.metric,
         gptq=gptq,
         gap=solved.solution.gap,
         solver_seconds=solved.solution.seconds,
-        imatrix_sha256=imatrix_sha256,
+        imatrix_sha256=found.imatrix_sha256,
         metadata=metadata,
         model_files=[str(f.resolve()) for f in inventory.files],
         workdir=str(probed.space.folder.resolve()),
@@ -69,41 +69,22 @@ def make_plan(planner: Planner, solved: Solved, types: Mapping[str, str] | None 
     return made if planner.profile is None else _on_device(made, planner, planner.profile)
 
 
-def _cache_and_experts_nats(planner: Planner, solved: Solved) -> float:
-    options = solved.options
-    if CACHES not in options.names:
-        return planner.experts_nats
-    chosen = float(options.damages[-1][solved.solution.choice[-1]])
-    return planner.experts_nats + options.cache_scale * chosen
-
-
 def _on_device(made: Plan, planner: Planner, profile: DeviceProfile) -> Plan:
     """The plan with its speed and memory, as the device's profile predicts them."""
-    inventory, request = planner.inventory, planner.request
-    speed, own_speed = (
-        profile.predict(
-            model,
-            made.types,
-            request.decode_context,
-            n_prompt=request.workload[0],
-            caches=made.cache_types,
-        )
-        for model in (planner.running, inventory)
-    )
+    inventory, types, caches = planner.inventory, made.types, made.cache_types
     memory = None
     if profile.covers(inventory):
-        memory = memory_use(
-            profile, inventory, made.types, made.size_bytes, planner.n_ctx, made.cache_types
-        )
+        memory = memory_use(profile, inventory, types, made.size_bytes, planner.n_ctx, caches)
+    own_speed = planner.speed(inventory, types, caches) if planner.experts else None
     return replace(
         made,
         provenance=replace(made.provenance, device_fingerprint=profile.fingerprint),
         device=profile.name,
         n_threads=profile.n_threads,
-        speed=speed,
-        speed_with_own_experts=own_speed if planner.experts else None,
+        speed=planner.speed(planner.running, types, caches),
+        speed_with_own_experts=own_speed,
         memory=memory,
-        notes=[*made.notes, *_cache_notes(planner, made.types, made.cache_types)],
+        notes=[*made.notes, *_cache_notes(planner, profile, types, caches)],
     )
 
 
@@ -120,9 +101,8 @@ def _gptq_notes(planner: Planner) -> Iterator[str]:
 def _measurement_notes(planner: Planner, types: Mapping[str, str]) -> Iterator[str]:
     """What the reader of a plan should know about the measurements behind it."""
     found = planner.probed.sensitivity
-    damages = [planner.damage.damage(name, types.get(name, "")) for name in found.tensors]
-    unresolved = sum(not damage.is_resolved for damage in damages)
-    if unresolved:
+    damages = (planner.damage.damage(name, types.get(name, "")) for name in found.tensors)
+    if unresolved := sum(not damage.is_resolved for damage in damages):
         yield (
             f"the damage of {unresolved} of {len(types)} tensors is not resolved (known to worse "
             "than a factor of three); apreqel probe --effort thorough measures more"
@@ -140,20 +120,19 @@ def _measurement_notes(planner: Planner, types: Mapping[str, str]) -> Iterator[s
 
 
 def _cache_notes(
-    planner: Planner, types: Mapping[str, str], cache_types: Sequence[str]
+    planner: Planner, profile: DeviceProfile, types: Mapping[str, str], cache_types: Sequence[str]
 ) -> Iterator[str]:
     """How fast a cache in other types than the usual is when the whole context is used."""
-    profile, inventory, n_ctx = planner.profile, planner.inventory, planner.n_ctx
-    if profile is None or set(cache_types) == {USUAL}:
-        return
-    if not profile.times_caches(inventory, cache_types):
-        yield _CACHE_NOTE
+    inventory, n_ctx = planner.inventory, planner.n_ctx
+    if set(cache_types) == {USUAL}:
         return
     here, usual = (
         profile.predict(inventory, types, n_ctx, n_prompt=n_ctx, caches=caches)
         for caches in (cache_types, USUAL_CACHES)
     )
-    if here and usual:
+    if not profile.times_caches(inventory, cache_types):
+        yield _CACHE_NOTE
+    elif here and usual:
         yield (
             f"at the whole context of {n_ctx} tokens this KV cache decodes "
             f"{here.decode.value:.1f} tokens/s and prefills {here.prefill.value:.1f}; one in F16 "

@@ -10,16 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Doubles
 from apreqel.device.profile import DeviceProfile
 from apreqel.model.inventory import Inventory, Tensor
 from apreqel.model.qtypes import USUAL_CACHES, lookup
 from apreqel.sensitivity.damage import DamageModel
 from apreqel.sensitivity.kv_cache import USUAL, CacheSensitivity
 from apreqel.solver.knapsack import Limit, Solution
-
-Doubles = npt.NDArray[np.float64]
 
 # A damage near those that people plan for, at which scales are taken.
 _TYPICAL_NATS = 0.02
@@ -41,14 +39,16 @@ class Timings:
     prefill_rest: float
     resident: Sequence[Doubles]
 
-    def speed_limit(self, name: str, tokens_per_second: float, *, decode: bool) -> Limit:
-        rest = self.decode_rest if decode else self.prefill_rest
+    def speed_limit(self, what: str, least: float) -> Limit:
+        """At least so many tokens/s of `what`: decode or prefill."""
+        is_decode = what == "decode"
+        rest = self.decode_rest if is_decode else self.prefill_rest
         return Limit(
-            name,
-            self.decode if decode else self.prefill,
-            1 / tokens_per_second - rest,
+            f"--min-{what}-tps",
+            self.decode if is_decode else self.prefill,
+            1 / least - rest,
             lambda seconds: f"{1 / (seconds + rest):.1f} tokens/s",
-            (1 / tokens_per_second**2, "1 token/s less"),
+            (1 / least**2, "1 token/s less"),
         )
 
     def workload_seconds(self, n_prompt: int, n_generated: int) -> list[Doubles]:
@@ -109,15 +109,12 @@ class Options:
     # -- limits --
 
     def size_limit(self, file_bytes: float, name: str = "--max-size") -> Limit:
-        return Limit(
-            name,
-            self.sizes,
-            file_bytes - self.fixed_bytes,
-            lambda data: (
-                f"{data + self.fixed_bytes:.0f} bytes ({(data + self.fixed_bytes) / 1e6:.2f} MB)"
-            ),
-            (1e6, "1 MB more"),
-        )
+
+        def show(data: float) -> str:
+            whole = data + self.fixed_bytes
+            return f"{whole:.0f} bytes ({whole / 1e6:.2f} MB)"
+
+        return Limit(name, self.sizes, file_bytes - self.fixed_bytes, show, (1e6, "1 MB more"))
 
     def sum_for(self, nats: float) -> float:
         """The sum of tensors' damages at which a whole run measures as `nats`."""
@@ -174,15 +171,20 @@ class Options:
         pairs = [(k, v) for k in k_nats for v in v_nats]
         # Weights' damages add up to something else than nats of a real run: bring these to theirs.
         scale = _TYPICAL_NATS / self.damage.sum_for(_TYPICAL_NATS)
-        bits = {
-            t: lookup(t).bits_per_weight / lookup(USUAL).bits_per_weight for t in k_nats | v_nats
-        }
-        resident = np.array([k_bytes * bits[k] + v_bytes * bits[v] for k, v in pairs])
-        damage = np.array([(k_nats[k] + v_nats[v]) / scale for k, v in pairs])
+        usual = lookup(USUAL).bits_per_weight
+        part = {t: lookup(t).bits_per_weight / usual for t in k_nats | v_nats}
+        resident = np.array([k_bytes * part[k] + v_bytes * part[v] for k, v in pairs])
         decode, prefill = (
             np.array([rest_seconds(p, is_decode) for p in pairs])
             - rest_seconds(USUAL_CACHES, is_decode)
             for is_decode in (True, False)
+        )
+        damage = np.array([(k_nats[k] + v_nats[v]) / scale for k, v in pairs])
+        timings = replace(
+            old,
+            decode=[*old.decode, decode],
+            prefill=[*old.prefill, prefill],
+            resident=[*old.resident, resident],
         )
         return replace(
             self,
@@ -190,25 +192,15 @@ class Options:
             types=[*self.types, ["/".join(pair) for pair in pairs]],
             sizes=[*self.sizes, np.zeros(len(pairs))],
             damages=[*self.damages, damage],
-            timings=replace(
-                old,
-                decode=[*old.decode, decode],
-                prefill=[*old.prefill, prefill],
-                resident=[*old.resident, resident],
-            ),
+            timings=timings,
             cache_scale=scale,
         )
 
     def without_caches(self) -> Options:
         """The weights' choices alone."""
         n = self.names.index(CACHES) if CACHES in self.names else len(self.names)
-        return replace(
-            self,
-            names=self.names[:n],
-            types=self.types[:n],
-            sizes=self.sizes[:n],
-            damages=self.damages[:n],
-        )
+        rows = {key: getattr(self, key)[:n] for key in ("names", "types", "sizes", "damages")}
+        return replace(self, **rows)
 
 
 def option_timings(
@@ -224,23 +216,23 @@ def option_timings(
     Decode is reckoned with `n_context` tokens in the cache, prefill of `n_prompt` (None: as many as
     were timed).
     """
-    seconds: dict[bool, list[Doubles]] = {
-        decode: [
-            np.array([profile.tensor_seconds(tensor, inventory, t, decode=decode) for t in row])
-            for tensor, row in zip(inventory.quantizable, types, strict=True)
+    options = list(zip(inventory.quantizable, types, sizes, strict=True))
+    decode, prefill = (
+        [
+            np.array([profile.tensor_seconds(tensor, inventory, t, decode=is_decode) for t in row])
+            for tensor, row, _ in options
         ]
-        for decode in (True, False)
-    }
-    copied = [
-        np.array([profile.is_repacked(tensor, inventory, t) for t in row])
-        for tensor, row in zip(inventory.quantizable, types, strict=True)
-    ]
+        for is_decode in (True, False)
+    )
     return Timings(
-        seconds[True],
-        seconds[False],
+        decode,
+        prefill,
         profile.rest_seconds(inventory, decode=True, n_context=n_context),
         profile.rest_seconds(inventory, decode=False, n_prompt=n_prompt),
-        [row * (1.0 + copies) for row, copies in zip(sizes, copied, strict=True)],
+        [
+            n_bytes * [1.0 + profile.is_repacked(tensor, inventory, t) for t in row]
+            for tensor, row, n_bytes in options
+        ],
     )
 
 

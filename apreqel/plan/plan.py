@@ -95,10 +95,9 @@ class Plan(Record):
     @property
     def run_flags(self) -> str:
         """How to start llama.cpp with this file so that the predictions hold."""
-        k, v = (kind.lower() for kind in self.cache_types)
         flags = [f"-c {self.memory.n_ctx}"] if self.memory else []
-        if (k, v) != (USUAL.lower(), USUAL.lower()):
-            flags.append(f"-ctk {k} -ctv {v} -fa on")
+        if set(self.cache_types) != {USUAL}:
+            flags.append("-ctk {} -ctv {} -fa on".format(*self.cache_types).lower())
         if self.n_threads:
             flags.append(f"-t {self.n_threads}")
         return " ".join(flags)
@@ -119,11 +118,6 @@ def output_metadata(imatrix: Imatrix) -> dict[str, str | int]:
     }
 
 
-def output_records(imatrix: Imatrix) -> list[bytes]:
-    """`output_metadata` as GGUF records."""
-    return encode_metadata(output_metadata(imatrix))
-
-
 def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
     return [
         encode_kv(key, STRING if isinstance(value, str) else UINT32, value)
@@ -132,10 +126,7 @@ def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
 
 
 def map_digest(
-    types: Mapping[str, str],
-    imatrix_sha256: str,
-    experts_used: int | None = None,
-    gptq: bool = False,
+    types: Mapping[str, str], imatrix_sha256: str, experts_used: int | None, gptq: bool
 ) -> str:
     """SHA-256 over what determines the tensor data of the quantised file, and how it runs."""
     rest: list[int | str] = [] if experts_used is None else [experts_used]

@@ -6,16 +6,17 @@ types and another number of experts cost. From these follow what may be chosen a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from apreqel.device.memory import cache_bytes, rest_bytes, usable_context
-from apreqel.device.profile import DeviceProfile
+from apreqel.device.profile import DeviceProfile, Speed
 from apreqel.errors import UsageError
 from apreqel.model.inventory import Inventory
+from apreqel.model.qtypes import USUAL_CACHES
 from apreqel.plan.options import CACHES, Options, option_timings, padded_bytes
 from apreqel.plan.plan import encode_metadata, output_metadata
 from apreqel.plan.request import PlanRequest
@@ -88,33 +89,28 @@ class Planner:
         inventory, request = self.running, self.request
         self.probed.sensitivity.require_probed()
         request.constraints.check(inventory)
-        types = [self._types_of(tensor.name, profile) for tensor in inventory.quantizable]
-        rows = list(zip(inventory.quantizable, types, strict=True))
-        align = inventory.alignment
+        tensors, align = inventory.quantizable, inventory.alignment
+        names = [tensor.name for tensor in tensors]
+        types = [self._types_of(name, profile) for name in names]
+        rows = list(zip(tensors, types, strict=True))
         sizes = [np.array([padded_bytes(tensor, t, align) for t in row]) for tensor, row in rows]
         # Its own type does no damage: the bytes are copied.
+        own = inventory.types
         damages = [
-            np.array(
-                [0.0 if t == n.qtype.name else self.damage.damage(n.name, t).nats for t in row]
-            )
-            for n, row in rows
+            np.array([0.0 if t == own[n] else self.damage.damage(n, t).nats for t in row])
+            for n, row in zip(names, types, strict=True)
         ]
-        in_place = sum(padded_bytes(t, t.qtype.name, align) for t in inventory.quantizable)
-        whole = inventory.output_size(inventory.types, encode_metadata(self.metadata))
+        in_place = sum(padded_bytes(t, t.qtype.name, align) for t in tensors)
+        fixed = inventory.output_size(own, encode_metadata(self.metadata)) - int(in_place)
         n_prompt, n_context = request.workload[0], request.decode_context
         options = Options(
-            [tensor.name for tensor in inventory.quantizable],
-            types,
-            sizes,
-            damages,
-            option_timings(inventory, types, sizes, profile, n_context, n_prompt)
-            if profile
-            else None,
-            whole - int(in_place),
-            self.damage,
-            experts_nats=self.experts_nats,
+            names, types, sizes, damages, None, fixed, self.damage, experts_nats=self.experts_nats
         )
-        if self.caches is None or profile is None or request.max_ram_bytes is None:
+        if profile is None:
+            return options
+        timings = option_timings(inventory, types, sizes, profile, n_context, n_prompt)
+        options = replace(options, timings=timings)
+        if self.caches is None or request.max_ram_bytes is None:
             return options
 
         def rest(caches: Sequence[str], decode: bool) -> float:
@@ -139,6 +135,15 @@ class Planner:
                 )
         return self.request.constraints.allowed(tensor, types)
 
+    def speed(
+        self, model: Inventory, types: Mapping[str, str], caches: Sequence[str] = USUAL_CACHES
+    ) -> Speed | None:
+        """Of a map of types with the request's workload; None without a profile, or its timings."""
+        n_context, n_prompt = self.request.decode_context, self.request.workload[0]
+        if self.profile is None:
+            return None
+        return self.profile.predict(model, types, n_context, n_prompt=n_prompt, caches=caches)
+
     # -- limits --
 
     def limits(self, options: Options, limit_factor: float = 1.0) -> list[Limit]:
@@ -159,24 +164,20 @@ class Planner:
             if CACHES not in options.names:
                 outside += int(sum(cache_bytes(self.inventory, self.n_ctx)))
             limits.append(options.memory_limit(request.max_ram_bytes, outside))
-        for name, least, decode in (
-            ("--min-decode-tps", request.min_decode_tps, True),
-            ("--min-prefill-tps", request.min_prefill_tps, False),
-        ):
+        speeds = {"decode": request.min_decode_tps, "prefill": request.min_prefill_tps}
+        for what, least in speeds.items():
             if least is not None:
                 assert options.timings is not None
-                limits.append(options.timings.speed_limit(name, least, decode=decode))
+                limits.append(options.timings.speed_limit(what, least))
         return limits
 
     def size_budget(self, options: Options) -> int | None:
         """Bytes of the file that --max-size and --target-bpw allow, the stricter of both."""
-        request, budgets = self.request, []
-        if request.max_size_bytes is not None:
-            budgets.append(request.max_size_bytes)
+        request = self.request
+        budgets = [] if request.max_size_bytes is None else [request.max_size_bytes]
         if request.target_bpw is not None:
             # Bits per weight count tensor data, without header and padding.
-            kept = [t for t in self.inventory.tensors if t.keep_reason is not None]
-            data = request.target_bpw * self.inventory.n_weights / 8
-            data -= sum(t.size_bytes for t in kept)
+            kept = sum(t.size_bytes for t in self.inventory.tensors if t.keep_reason is not None)
+            data = request.target_bpw * self.inventory.n_weights / 8 - kept
             budgets.append(int(data) + options.fixed_bytes)
         return min(budgets, default=None)

@@ -47,9 +47,9 @@ class PlanRequest:
     @property
     def needs_profile(self) -> bool:
         """Whether it cannot be met without timings of the device."""
-        wishes = self.max_ram_bytes, self.min_decode_tps, self.min_prefill_tps
+        limits = self.max_ram_bytes, self.min_decode_tps, self.min_prefill_tps
         latency = self.prefer == "latency" or self.weights.get("latency", 0) > 0
-        return latency or any(wish is not None for wish in wishes)
+        return latency or any(limit is not None for limit in limits)
 
     @property
     def has_one_measure(self) -> bool:
@@ -73,6 +73,12 @@ def request_from(settings: Mapping[str, Any]) -> PlanRequest:
 # --- what people write ---------------------------------------------------------------------------
 
 
+def require_priority(prefer: str) -> None:
+    """Raises UsageError."""
+    if prefer not in PRIORITIES:
+        raise UsageError(f"--prefer {prefer!r}: choose one of {', '.join(PRIORITIES)}")
+
+
 def require_compatible(wishes: Wishes) -> None:
     """Raise UsageError for wishes that contradict each other, before any work."""
     metric = wishes.metric
@@ -80,13 +86,14 @@ def require_compatible(wishes: Wishes) -> None:
         raise UsageError(f"--metric {metric!r}: choose one of {', '.join(METRICS)}")
     if metric != "kld" and wishes.max_kld is not None:
         raise UsageError("--max-kld limits KL divergence; with --metric perplexity leave it out")
-    many = wishes.front or wishes.ladder
-    if wishes.refine and (wishes.unchecked or many or metric != "kld"):
+    if not wishes.refine:
+        return
+    if wishes.unchecked or wishes.front or wishes.ladder or metric != "kld":
         raise UsageError(
             "--refine compares real files of one plan by KL divergence: not with --unchecked, "
             "--front, --ladder or --metric perplexity"
         )
-    if wishes.refine and (wishes.weights or wishes.prefer == "balanced"):
+    if wishes.weights or wishes.prefer == "balanced":
         raise UsageError(
             "--refine compares plans by size, speed or closeness: not with --prefer balanced or "
             "--weights"
@@ -95,21 +102,20 @@ def require_compatible(wishes: Wishes) -> None:
 
 def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
     """What the wishes mean for this model. Raises UsageError, UnsupportedModelError."""
-    if wishes.prefer not in PRIORITIES:
-        raise UsageError(f"--prefer {wishes.prefer!r}: choose one of {', '.join(PRIORITIES)}")
+    require_priority(wishes.prefer)
     if wishes.experts is not None:
         require_count(inventory, wishes.experts)
     constraints = parse_constraints(wishes.pin or [], wishes.only_types, wishes.exclude_types)
     copied = copied_pins(inventory, wishes.like, wishes.recipe)
-    size = size_from(wishes.max_size, inventory) if wishes.max_size else None
-    if copied and size is None:
-        size = any_size(inventory)
+    size = any_size(inventory) if copied else None
+    if wishes.max_size:
+        size = size_from(wishes.max_size, inventory)
     klds = [] if wishes.max_kld is None else [wishes.max_kld]
     if wishes.max_degradation:
         klds.append(parse_degradation(wishes.max_degradation))
     rams = [parse_size(wishes.max_ram, "--max-ram")] if wishes.max_ram else []
-    if wishes.fit:
-        rams.append(free_memory())
+    if wishes.fit:  # all that is free here now, less a tenth for what else happens
+        rams.append(int(0.9 * detect().available_bytes))
     return PlanRequest(
         wishes.prefer,
         max_size_bytes=size,
@@ -162,11 +168,8 @@ def copied_pins(
     inventory: Inventory, like: Path | None, recipe: Path | None
 ) -> list[tuple[str, str]]:
     """Pins that hold every tensor to another file's or a recipe's type. Raises UsageError."""
-    types: dict[str, str] = {}
-    if like is not None:
-        types |= types_of_file(like, inventory)
-    if recipe is not None:
-        types |= read_recipe(recipe, inventory)
+    types = dict(types_of_file(like, inventory)) if like else {}
+    types |= read_recipe(recipe, inventory) if recipe else {}
     return [(glob.escape(name), type_name) for name, type_name in types.items()]
 
 
@@ -175,21 +178,13 @@ def any_size(inventory: Inventory) -> int:
     return 2 * inventory.size_bytes
 
 
-def free_memory() -> int:
-    """Bytes of memory that are free here now, less a tenth for what else happens."""
-    return int(0.9 * detect().available_bytes)
-
-
 def parse_weights(text: str) -> dict[str, float]:
     """'memory=1,latency=2,accuracy=3' as numbers. Raises UsageError."""
-    weights = {}
-    for part in text.split(","):
-        name, _, value = part.strip().partition("=")
-        if name not in ("memory", "latency", "accuracy") or not re.fullmatch(r"\d*\.?\d+", value):
-            raise UsageError(
-                f"--weights {text!r}: give memory=NUMBER,latency=NUMBER,accuracy=NUMBER"
-            )
-        weights[name] = float(value)
+    form = re.compile(r"(memory|latency|accuracy)=(\d*\.?\d+)")
+    parts = [form.fullmatch(part.strip()) for part in text.split(",")]
+    weights = {part[1]: float(part[2]) for part in parts if part}
+    if not all(parts):
+        raise UsageError(f"--weights {text!r}: give memory=NUMBER,latency=NUMBER,accuracy=NUMBER")
     if not any(weights.values()):
         raise UsageError(f"--weights {text!r}: one must be above 0")
     return weights
@@ -212,9 +207,8 @@ def require_presets(names: Sequence[str]) -> None:
     known = stock_presets()
     for name in names:
         if name.upper() not in known:
-            raise UsageError(
-                f"--against {name!r}: there is no such preset; there are {', '.join(known)}"
-            )
+            listed = ", ".join(known)
+            raise UsageError(f"--against {name!r}: there is no such preset; there are {listed}")
 
 
 def size_from(text: str, inventory: Inventory) -> int:

@@ -6,17 +6,20 @@ Q4_K_M sets it: its size for accuracy, its quality for memory and latency.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from apreqel.arrays import Doubles
 from apreqel.device.memory import usable_context
 from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
-from apreqel.plan.options import CACHES, Doubles, Options
+from apreqel.plan.options import CACHES, Options
 from apreqel.plan.plan import Binding
 from apreqel.plan.planner import DEFAULT_PRESET, Planner
-from apreqel.plan.request import PRIORITIES, PlanRequest
+from apreqel.plan.request import PlanRequest, require_priority
 from apreqel.solver.knapsack import Limit, Solution, solve, total
 
 # Points of the size/damage front from which `balanced` takes the knee.
@@ -42,17 +45,11 @@ class Solved:
         Beside it the KV cache stays as it was chosen.
         """
         choice = self._choice(types)
-        return choice is not None and all(
-            total(limit.costs, choice) <= limit.at_most
-            for limit in self.limits
-            if limit.costs is not self.options.damages
-        )
+        limits = [limit for limit in self.limits if limit.costs is not self.options.damages]
+        return choice is not None and all(total(li.costs, choice) <= li.at_most for li in limits)
 
     def with_types(self, types: Mapping[str, str]) -> Solved:
-        """The same, with the choice that a map of types is, and how far that is from the optimum.
-
-        Raises ArtifactError.
-        """
+        """The same with a map's choice, and how far that is from optimal. Raises ArtifactError."""
         choice = self._choice(types)
         if choice is None:
             raise ArtifactError("a planned type is no longer an option; plan again")
@@ -68,17 +65,18 @@ class Solved:
         if CACHES in self.options.names and CACHES not in types:
             found[-1] = self.solution.choice[-1]
         known = tuple(j for j in found if j is not None)
-        return known if len(known) == len(found) else None
+        return known if None not in found else None
 
     def binding(self) -> Iterator[Binding]:
+        """The limits that stand in the way, and what one more of each would save."""
         objective, scale = self.solution.objective, 1.0
         if self.unit == "nats" and objective > 0:
             scale = self.options.damage.file_nats(objective) / objective
         for limit, price in zip(self.limits, self.solution.prices, strict=True):
+            more, text = limit.one_more
             if price > 0:
-                more, text = limit.one_more
-                buys = price * more * scale
-                yield Binding(limit.name, limit.show(limit.at_most), text, buys, self.unit)
+                at_most, buys = limit.show(limit.at_most), price * more * scale
+                yield Binding(limit.name, at_most, text, buys, self.unit)
 
 
 def solve_request(planner: Planner, limit_factor: float = 1.0) -> Solved:
@@ -89,8 +87,7 @@ def solve_request(planner: Planner, limit_factor: float = 1.0) -> Solved:
     CalibrationError.
     """
     request = planner.request
-    if request.prefer not in PRIORITIES:
-        raise UsageError(f"--prefer {request.prefer!r}: choose one of {', '.join(PRIORITIES)}")
+    require_priority(request.prefer)
     if request.needs_profile and planner.profile is None:
         raise UsageError(
             "--prefer latency, --max-ram and --min-*-tps need a device profile; run "
@@ -107,24 +104,16 @@ def solve_request(planner: Planner, limit_factor: float = 1.0) -> Solved:
         if request.max_kld_nats is not None:
             usual = limit_factor * options.sum_for(request.max_kld_nats)
         solution, limits = knee(options, planner.size_budget(options), limits, usual)
-    else:
-        if not request.weights:
-            limits += _usual_limits(planner, options, asked, usual)
-        solution = solve(costs, limits)
-    return Solved(options, limits, costs, unit, solution, limit_factor)
-
-
-def _usual_limits(
-    planner: Planner, options: Options, asked: set[str], damage_sum: float
-) -> Iterator[Limit]:
-    """What stock Q4_K_M takes of what is not made small, where no limit on it was asked for."""
-    prefer = planner.request.prefer
-    if prefer == "accuracy" and not asked & {"--max-size", "--max-ram"}:
+        return Solved(options, limits, costs, unit, solution, limit_factor)
+    # What stock Q4_K_M takes of what is not made small, where no limit on it was asked for.
+    by_accuracy = request.prefer == "accuracy"
+    if not request.weights and by_accuracy and not asked & {"--max-size", "--max-ram"}:
         name = f"the size of stock {DEFAULT_PRESET} (--max-size)"
-        yield options.size_limit(planner.inventory.output_size(planner.stock), name)
-    if prefer != "accuracy" and "--max-kld" not in asked:
+        limits.append(options.size_limit(planner.inventory.output_size(planner.stock), name))
+    if not request.weights and not by_accuracy and "--max-kld" not in asked:
         name = f"the quality of stock {DEFAULT_PRESET} (--max-kld)"
-        yield options.damage_limit(damage_sum, name)
+        limits.append(options.damage_limit(usual, name))
+    return Solved(options, limits, costs, unit, solve(costs, limits), limit_factor)
 
 
 def with_longest_context(planner: Planner) -> Planner:
@@ -141,25 +130,21 @@ def with_longest_context(planner: Planner) -> Planner:
         floor = planner.damage.predicted(planner.stock, gptq=False).nats + planner.experts_nats
     request = replace(request, max_kld_nats=floor, longest_context=False)
 
-    def attempt(n_ctx: int) -> bool:
-        step = replace(request, n_ctx=n_ctx, prefer="memory", weights={})
-        try:
-            solve_request(replace(planner, request=step))
-        except InfeasiblePlanError:
-            return False
-        return True
-
     trained = usable_context(planner.inventory, planner.inventory.context_length or None)
-    low, high = 0, max(1, trained // _CONTEXT_STEP)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if attempt(min(trained, middle * _CONTEXT_STEP)):
-            low = middle
-        else:
-            high = middle - 1
-    if low == 0:
+
+    def is_too_long(steps: int) -> bool:
+        n_ctx = min(trained, steps * _CONTEXT_STEP)
+        attempt = replace(request, n_ctx=n_ctx, prefer="memory", weights={})
+        try:
+            solve_request(replace(planner, request=attempt))
+        except InfeasiblePlanError:
+            return True
+        return False
+
+    steps = bisect_left(range(1, max(1, trained // _CONTEXT_STEP) + 1), True, key=is_too_long)
+    if steps == 0:
         solve_request(replace(planner, request=replace(request, n_ctx=_CONTEXT_STEP)))
-    n_ctx = min(trained, max(1, low) * _CONTEXT_STEP)
+    n_ctx = min(trained, max(1, steps) * _CONTEXT_STEP)
     return replace(planner, request=replace(request, n_ctx=n_ctx))
 
 
@@ -171,22 +156,19 @@ def objective(
     With weights: the weighted sum of bytes, seconds and nats, each as a part of what stock Q4_K_M
     takes, so that equal weights mean equal percentages.
     """
-    seconds = options.timings.workload_seconds(*request.workload) if options.timings else None
-    if request.weights:
-        parts = {"memory": options.sizes, "latency": seconds, "accuracy": options.damages}
-        weighted = [np.zeros(len(row)) for row in options.sizes]
-        for name, weight in request.weights.items():
-            rows = parts[name]
-            if weight > 0 and rows is not None:
-                usual = options.sum_of(rows, stock)
-                weighted = [w + weight * row / usual for w, row in zip(weighted, rows, strict=True)]
-        return weighted, "of stock Q4_K_M's costs, weighted"
-    if request.prefer == "memory":
-        return options.sizes, "bytes"
-    if request.prefer == "latency":
-        assert seconds is not None
-        return seconds, "seconds"
-    return options.damages, "nats"
+    parts = {"memory": (options.sizes, "bytes"), "accuracy": (options.damages, "nats")}
+    if options.timings is not None:
+        seconds = options.timings.workload_seconds(*request.workload)
+        parts["latency"] = seconds, "seconds"
+    if not request.weights:
+        return parts["accuracy" if request.prefer == "balanced" else request.prefer]
+    weighted = [np.zeros(len(row)) for row in options.sizes]
+    for name, weight in request.weights.items():
+        if weight > 0:
+            rows, _ = parts[name]
+            usual = options.sum_of(rows, stock)
+            weighted = [w + weight * row / usual for w, row in zip(weighted, rows, strict=True)]
+    return weighted, "of stock Q4_K_M's costs, weighted"
 
 
 def knee(
@@ -203,18 +185,16 @@ def knee(
     least, most = options.fixed_bytes + start.objective, options.near_lossless_bytes
     if budget is not None:
         least, most = min(least, budget), min(most, budget)
-    points = []
+    points, sizes = [], []
     for size in np.linspace(least, most, _FRONT_POINTS):
         within = [options.size_limit(size), *limits]
-        try:
-            points.append((float(size), solve(options.damages, within), within))
-        except InfeasiblePlanError:
-            continue
+        with suppress(InfeasiblePlanError):
+            points.append((solve(options.damages, within), within))
+            sizes.append(float(size))
     if not points:
         return start, first
-    x = np.array([size for size, *_ in points])
-    y = np.array([s.objective for _, s, _ in points])
+    x, y = np.array(sizes), np.array([solution.objective for solution, _ in points])
     if len(points) < 3 or y[0] <= y[-1]:
-        return points[-1][1:]
+        return points[-1]
     below = (x - x[0]) / (x[-1] - x[0]) + (y - y[-1]) / (y[0] - y[-1])
-    return points[int(np.argmin(below))][1:]
+    return points[int(np.argmin(below))]

@@ -7,16 +7,17 @@ compares the logits with the reference's, and writes the old values back.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Bytes, Floats, Reals, Whole
 from apreqel.artifacts import require_space
 from apreqel.device.machine import detect
 from apreqel.errors import EngineError, ModelFileError
@@ -30,8 +31,6 @@ from apreqel.quantize import quantize_model
 from apreqel.sensitivity.calibration import TokenSet
 from apreqel.sensitivity.metrics import Comparison, Reference, compare
 from apreqel.workspace import Workspace
-
-Floats = npt.NDArray[np.float32]
 
 # Logits of one decode are kept under this, whatever the vocabulary (262k tokens: 256 positions).
 _LOGITS_BYTES = 256 << 20
@@ -88,8 +87,7 @@ def context_for(
 
 def sequences_at_once(n_ctx: int, n_vocab: int, n_chunks: int) -> int:
     """How many chunks go into one decode: about 1,024 tokens, less for a huge vocabulary."""
-    by_logits = _LOGITS_BYTES // (4 * n_vocab * n_ctx)
-    return max(1, min(n_chunks, 1024 // n_ctx, by_logits))
+    return max(1, min(n_chunks, 1024 // n_ctx, _LOGITS_BYTES // (4 * n_vocab * n_ctx)))
 
 
 def scratch_types(inventory: Inventory) -> dict[str, str]:
@@ -122,21 +120,17 @@ def scratch_copy(space: Workspace, types: Mapping[str, str] | None = None) -> It
     Written by the C program, which checks every weight. Raises OutputError, ModelFileError (NaN).
     """
     types = types or scratch_types(space.inventory)
-    size = space.inventory.output_size(types)
-    require_space(space.folder, size, "the scratch copy of the model")
-    with TemporaryDirectory(
-        prefix="scratch-", dir=space.folder, ignore_cleanup_errors=True
-    ) as name:
-        path = Path(name) / "model.gguf"
+    needed = space.inventory.output_size(types)
+    require_space(space.folder, needed, "the scratch copy of the model")
+    with TemporaryDirectory("", "scratch-", space.folder, ignore_cleanup_errors=True) as place:
+        path = Path(place) / "model.gguf"
         quantize_model(
             space.inventory, types, path, n_threads=space.n_threads, allow_requantize=True
         )
         yield path
 
 
-def read_weights(
-    inventory: Inventory, name: str, rows: slice | npt.NDArray[np.intp] = slice(None)
-) -> Floats:
+def read_weights(inventory: Inventory, name: str, rows: slice | Whole = slice(None)) -> Floats:
     """Weights [rows, row length] from a model's file, its experts one after another.
 
     Raises ModelFileError where the file is gone or shorter than it was.
@@ -164,11 +158,11 @@ def read_weights(
     return values
 
 
-def float_rows(copy: npt.NDArray[np.uint8], tensor: Tensor) -> npt.NDArray[np.floating]:
+def float_rows(copy: Bytes, tensor: Tensor) -> Reals:
     """A view of a tensor in a scratch copy's bytes, F16 or F32 [rows, row length]."""
     raw = copy[tensor.offset : tensor.offset + tensor.size_bytes]
     dtype = np.float16 if tensor.qtype.name == "F16" else np.float32
-    rows: npt.NDArray[np.floating] = raw.view(dtype).reshape(-1, tensor.row_length)
+    rows: Reals = raw.view(dtype).reshape(-1, tensor.row_length)
     return rows
 
 
@@ -193,32 +187,25 @@ class ProbeBench:
         self.pool.shutdown()
         del self._map
 
-    # -- weights --
-
-    def importance(self, name: str) -> Floats | None:
-        """The imatrix's weights of the tensor's columns, its experts one after another."""
-        return self.imatrix.weights(name) if self.imatrix else None
-
-    def weights(self, name: str, rows: slice | npt.NDArray[np.intp] = slice(None)) -> Floats:
+    def weights(self, name: str, rows: slice | Whole = slice(None)) -> Floats:
         """See `read_weights`."""
         return read_weights(self.inventory, name, rows)
 
-    def _stored(self, name: str) -> npt.NDArray[np.floating]:
+    def _stored(self, name: str) -> Reals:
         """The rows of a tensor in the scratch copy [rows, row length]."""
         return float_rows(self._map, self._tensors[name])
 
     def _write(self, name: str, qtype: QuantType | None) -> None:
         """Let the scratch copy hold a tensor as it reads back from `qtype`; None: as it was."""
         tensor, stored = self._tensors[name], self._stored(name)
-        importance = self.importance(name)
         rows_per_matrix = tensor.shape[1]
         step = max(1, min(rows_per_matrix, _WEIGHTS_AT_ONCE // tensor.row_length))
 
         def write(rows: slice) -> None:
             values = self.weights(name, rows)
             if qtype is not None:
-                columns = expert_slice(importance, rows.start // rows_per_matrix, tensor)
-                values = fake_quantize(values, qtype, columns)
+                expert = rows.start // rows_per_matrix
+                values = fake_quantize(values, qtype, importance(self.imatrix, tensor, expert))
             stored[rows] = values
 
         blocks = [
@@ -227,15 +214,8 @@ class ProbeBench:
             for first in range(start, start + rows_per_matrix, step)
         ]
         # Not one block may be written after this, whatever happens to another.
-        done, _ = wait([self.pool.submit(write, block) for block in blocks])
-        for future in done:
+        for future in wait([self.pool.submit(write, block) for block in blocks]).done:
             future.result()
-
-    # -- evaluation --
-
-    def logits(self, tokens: TokenSet) -> Iterator[tuple[slice, Floats]]:
-        """See `evaluated`."""
-        return evaluated(self._context, tokens)
 
     def reference(
         self, tokens: TokenSet, folder: Path, informative_part: float = _INFORMATIVE_PART
@@ -247,23 +227,23 @@ class ProbeBench:
         """
         n_vocab, per_chunk = self._context.model.n_vocab, tokens.n_scored // tokens.n_chunks
         kept = max(1, round(per_chunk * informative_part))
-        shape = tokens.n_chunks * kept, n_vocab
-        require_space(folder, 4 * shape[0] * shape[1], "the reference's logits")
+        shape = tokens.n_chunks, kept, n_vocab
+        require_space(folder, 4 * math.prod(shape), "the reference's logits")
         store = np.memmap(folder / "reference.f32", np.float32, "w+", shape=shape)
-        chosen = np.empty((tokens.n_chunks, kept), np.intp)
-        for rows, logits in self.logits(tokens):
+        chosen = np.empty(shape[:2], np.intp)
+        for rows, logits in evaluated(self._context, tokens):
             if not np.isfinite(logits).all():
                 raise EngineError(
                     f"{self._context.model.path}: the unquantised model gives NaN or Inf logits"
                 )
             entropy = Reference.of(logits, self.pool).entropies(self.pool).reshape(-1, per_chunk)
-            first = rows.start // per_chunk
             best = np.sort(np.argsort(-entropy, axis=1, kind="stable")[:, :kept], axis=1)
-            chosen[first : first + len(best)] = best
-            of_rows = (np.arange(len(best))[:, None] * per_chunk + best).reshape(-1)
-            store[first * kept : first * kept + len(of_rows)] = logits[of_rows]
+            chunks = slice(rows.start // per_chunk, rows.stop // per_chunk)
+            chosen[chunks] = best
+            by_chunk = logits.reshape(-1, per_chunk, n_vocab)
+            store[chunks] = by_chunk[np.arange(len(best))[:, None], best]
         scored = replace(tokens, positions=np.take_along_axis(tokens.positions, chosen, axis=1))
-        return ReferenceRun(scored, Reference.of(store, self.pool))
+        return ReferenceRun(scored, Reference.of(store.reshape(-1, n_vocab), self.pool))
 
     def compare(self, reference: ReferenceRun) -> Comparison:
         """The model as it is now against the reference."""
@@ -297,16 +277,14 @@ def opened_bench(
     space: Workspace, scratch: Path, model: LoadedModel, tokens: TokenSet, imatrix: Imatrix
 ) -> Iterator[ProbeBench]:
     """A bench on the loaded scratch copy, for chunks as long as those of `tokens`."""
-    with context_for(model, tokens, space.n_threads) as context:
-        bench = ProbeBench(space.inventory, scratch, context, space.n_threads, imatrix)
-        try:
-            yield bench
-        finally:
-            bench.close()
+    with (
+        context_for(model, tokens, space.n_threads) as context,
+        closing(ProbeBench(space.inventory, scratch, context, space.n_threads, imatrix)) as bench,
+    ):
+        yield bench
 
 
-def expert_slice(importance: Floats | None, expert: int, tensor: Tensor) -> Floats | None:
-    """One expert's columns of the flat importance [experts x row length]."""
-    if importance is None:
-        return None
-    return importance[expert * tensor.row_length : (expert + 1) * tensor.row_length]
+def importance(imatrix: Imatrix | None, tensor: Tensor, expert: int) -> Floats | None:
+    """The imatrix's weights [row length] of one expert's columns; None where it has none."""
+    weights = imatrix.weights(tensor.name) if imatrix else None
+    return None if weights is None else weights.reshape(-1, tensor.row_length)[expert]

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from apreqel.arrays import Tokens, Whole
 from apreqel.errors import CalibrationError
 
 if TYPE_CHECKING:
     from apreqel.llama.engine import LoadedModel
 
-Tokens = npt.NDArray[np.int32]
 
 HELDOUT_NAME = "heldout.txt"
 
@@ -85,17 +85,15 @@ def read_text(path: Path) -> Text:
     """A UTF-8 text. Raises CalibrationError saying where it is not."""
     try:
         raw = path.read_bytes()
+        return Text(path.name, raw.decode(), hashlib.sha256(raw).hexdigest())
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror})") from error
-    try:
-        content = raw.decode("utf-8")
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
         raise CalibrationError(
             f"{path}: not UTF-8 at byte {error.start} (line {line}, value "
             f"0x{raw[error.start]:02x}); convert it, for example with iconv"
         ) from error
-    return Text(path.name, content, hashlib.sha256(raw).hexdigest())
 
 
 def bundled_texts() -> list[Text]:
@@ -125,11 +123,9 @@ def chunks_of(model: LoadedModel, texts: Sequence[Text], n_ctx: int) -> Tokens:
     """
     body = n_ctx - (model.bos_token is not None)
     stream = np.concatenate([np.empty(0, np.int32), *(model.tokenize(t.content) for t in texts)])
-    whole = len(stream) // body
-    chunks = stream[: whole * body].reshape(whole, body)
+    chunks = stream[: len(stream) // body * body].reshape(-1, body)
     if model.bos_token is not None:
-        start = np.full((len(chunks), 1), model.bos_token, np.int32)
-        chunks = np.concatenate([start, chunks], axis=1)
+        chunks = np.insert(chunks, 0, model.bos_token, axis=1)
     return np.ascontiguousarray(chunks, np.int32)
 
 
@@ -167,9 +163,10 @@ def split_for_calibration(
     if model.context_length:
         n_ctx = min(n_ctx, model.context_length)
     stretches = chunks_of(model, texts, n_ctx + probe_ctx)
+    name = ", ".join(text.name for text in texts) or "no text"
     if len(stretches) < _LEAST_STRETCHES:
         raise CalibrationError(
-            f"{names(texts)}: {len(stretches) * (n_ctx + probe_ctx)} tokens; at least "
+            f"{name}: {len(stretches) * (n_ctx + probe_ctx)} tokens; at least "
             f"{_LEAST_STRETCHES * (n_ctx + probe_ctx)} are needed to calibrate; give more text"
         )
     checked = spread(len(stretches), min(check_chunks, len(stretches) // 4))
@@ -179,7 +176,6 @@ def split_for_calibration(
     probe = np.concatenate([probe[i::_PROBE_STRIDE] for i in range(_PROBE_STRIDE)])
     if model.bos_token is not None:
         probe[:, 0] = model.bos_token
-    name = names(texts)
     return Split(
         fitting_set(rest[spread(len(rest), fitting_chunks), :n_ctx], name),
         probe_set(probe, name),
@@ -207,7 +203,7 @@ def check_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet
     return TokenSet.scored_from(tokens.shape[1] // 2, name, tokens)
 
 
-def spread(n: int, wanted: int) -> npt.NDArray[np.intp]:
+def spread(n: int, wanted: int) -> Whole:
     """At most `wanted` of range(n), evenly spread."""
     return np.unique(np.linspace(0, n - 1, min(wanted, n)).round().astype(np.intp))
 
@@ -218,16 +214,11 @@ def verification_set(model: LoadedModel, text: Text, n_ctx: int, n_scored: int) 
     Spread over the text, at least `n_scored` positions. Raises CalibrationError with the number
     of tokens found where the text is too short.
     """
-    per_chunk = n_ctx - 1 - n_ctx // 2
-    wanted = -(-n_scored // per_chunk)
+    wanted = -(-n_scored // (n_ctx - 1 - n_ctx // 2))
     chunks = chunks_of(model, [text], n_ctx)
     if len(chunks) < wanted:
         raise CalibrationError(
             f"{text.name}: {len(chunks) * n_ctx} tokens; scoring {n_scored} needs "
             f"{wanted * n_ctx}; give a longer text or score fewer tokens"
         )
-    return TokenSet.scored_from(n_ctx // 2, text.name, chunks[spread(len(chunks), wanted)])
-
-
-def names(texts: Sequence[Text]) -> str:
-    return ", ".join(text.name for text in texts) or "no text"
+    return check_set(chunks[spread(len(chunks), wanted)], text.name)

@@ -15,13 +15,11 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Doubles
 from apreqel.estimates import Z95, Estimate
 from apreqel.model.qtypes import lookup
 from apreqel.sensitivity.measurement import KernelLoss, Probe, Sensitivity, TensorSensitivity
-
-Doubles = npt.NDArray[np.float64]
 
 # Spread of log a between types of a tensor, measured on SmolLM2-135M (112 pairs): types with equal
 # errors differ by this much each, and types apart in log error by a part that grows that slowly.
@@ -32,7 +30,6 @@ _COMMON_NOISE = 0.9
 # Roles are alike over about this many layers; single tensors differ from their neighbours by this.
 _LAYER_SCALE, _LEAST_ROLE_SPREAD = 2.0, 0.15
 _UNKNOWN_SPREAD = 2.0
-
 
 # Rounding in the engine's float32: a divergence below this is not told from none.
 _ENGINE_NOISE_NATS = 5e-7
@@ -137,19 +134,6 @@ class DamageModel:
             for name, t in self.tensors.items()
         }
 
-    @cached_property
-    def _own_levels(self) -> Mapping[str, tuple[float, float]]:
-        levels = {name: self._own_level(name) for name in self.tensors}
-        return {name: level for name, level in levels.items() if level is not None}
-
-    @cached_property
-    def _tables(self) -> dict[tuple[str, bool], dict[str, Damage]]:
-        return {}
-
-    @cached_property
-    def _posteriors(self) -> dict[str, dict[str, tuple[float, float]]]:
-        return {}
-
     # -- single tensors --
 
     def damage(self, name: str, type_name: str, gptq: bool = True) -> Damage:
@@ -159,29 +143,38 @@ class DamageModel:
 
     def table(self, name: str, gptq: bool = True) -> Mapping[str, Damage]:
         """`damage` of all measured types of a tensor."""
-        if (name, gptq) not in self._tables:
-            self._tables[name, gptq] = self._compensated(name) if gptq else self._plain(name)
-        return self._tables[name, gptq]
+        return (self._compensated if gptq else self._plain)[name]
 
-    def _compensated(self, name: str) -> dict[str, Damage]:
+    @cached_property
+    def _compensated(self) -> Mapping[str, Mapping[str, Damage]]:
         """Of GPTQ-compensated weights; what kernels lose stays."""
-        ratios, table = self.gptq_ratios.get(name, {}), {}
-        for type_name, damage in self.table(name, gptq=False).items():
-            kernel = min(damage.nats, self._kernel_part(name, type_name))
-            left = ratios.get(type_name, 1.0) ** _GPTQ_POWER * (damage.nats - kernel)
-            table[type_name] = replace(damage, nats=kernel + left)
-        return table
 
-    def _plain(self, name: str) -> dict[str, Damage]:
-        posterior, table = self._posterior(name), {}
-        for type_name, error in self.tensors[name].errors.weights.items():
-            log_a, deviation = posterior[type_name]
-            nats = error * math.exp(log_a) + self._kernel_part(name, type_name)
-            table[type_name] = Damage(nats, deviation, type_name in self._probes[name])
+        def compensated(name: str, type_name: str, damage: Damage) -> Damage:
+            ratio = self.gptq_ratios.get(name, {}).get(type_name, 1.0)
+            kernel = min(damage.nats, self._kernel_part(name, type_name))
+            return replace(damage, nats=kernel + ratio**_GPTQ_POWER * (damage.nats - kernel))
+
+        return {
+            name: {type_name: compensated(name, type_name, d) for type_name, d in table.items()}
+            for name, table in self._plain.items()
+        }
+
+    @cached_property
+    def _plain(self) -> Mapping[str, Mapping[str, Damage]]:
+        """Of weights as they are, first by what is known of the tensor, then by swaps."""
+        tables: dict[str, dict[str, Damage]] = {}
+        for name, tensor in self.tensors.items():
+            tables[name] = {}
+            for type_name, error in tensor.errors.weights.items():
+                log_a, deviation = self._posteriors[name][type_name]
+                nats = error * math.exp(log_a) + self._kernel_part(name, type_name)
+                is_probed = type_name in self._probes[name]
+                tables[name][type_name] = Damage(nats, deviation, is_probed)
         for swap in self.swaps if self.metric == "kld" else ():
-            if swap.tensor == name and swap.other in table:
+            table = tables.get(swap.tensor, {})
+            if swap.other in table:
                 table[swap.other] = _swapped(table, swap)
-        return table
+        return tables
 
     def _kernel_part(self, name: str, type_name: str) -> float:
         activation = lookup(type_name).activation
@@ -192,7 +185,7 @@ class DamageModel:
         error = self.tensors[name].errors.kernels.get(activation, 0.0)
         if error <= 0:
             return 0.0
-        return error * math.exp(self._posterior(name)[f"kernel {activation}"][0])
+        return error * math.exp(self._posteriors[name][f"kernel {activation}"][0])
 
     @cached_property
     def _kernel_factors(self) -> Mapping[str, float]:
@@ -209,9 +202,7 @@ class DamageModel:
                 ratio = (loss.real_nats - loss.dequantised_nats) / predicted
                 ratios.setdefault(activation, []).append(min(max(ratio, 0.1), 10.0))
         found = {activation: float(np.median(values)) for activation, values in ratios.items()}
-        if not found:
-            return found
-        usual = float(np.median(list(found.values())))
+        usual = float(np.median(list(found.values()))) if found else 1.0
         # Activation types that were not measured round in the same steps.
         return {a: found.get(a, usual) for a in ("Q8_0", "Q8_1", "Q8_K")}
 
@@ -232,37 +223,41 @@ class DamageModel:
         errors = np.log([weights[t] for t, _ in kept])
         return [t for t, _ in kept], errors, np.log(levels) - errors, noise
 
-    def _own_level(self, name: str) -> tuple[float, float] | None:
-        """(log a, its variance) of a tensor from its own probes alone."""
-        _, errors, log_a, noise = self._observed(name)
-        if not len(log_a):
-            return None
-        covariance = _between(errors, errors) + _noise(noise)
-        weights = np.linalg.solve(covariance, np.ones(len(log_a)))
-        return float(weights @ log_a / weights.sum()), float(1 / weights.sum())
+    @cached_property
+    def _own_levels(self) -> Mapping[str, float]:
+        """log a of the probed tensors, each from its own probes alone."""
+        levels = {}
+        for name in self.tensors:
+            types, errors, log_a, noise = self._observed(name)
+            if types:
+                covariance = _between(errors, errors) + _noise(noise)
+                weights = np.linalg.solve(covariance, np.ones(len(types)))
+                levels[name] = float(weights @ log_a / weights.sum())
+        return levels
 
     def _prior(self, name: str) -> tuple[float, float]:
         """(mean, variance) of log a from the same role in other layers, near ones first."""
         place = self.tensors[name]
         others = [
             (abs(self.tensors[other].layer - place.layer), level)
-            for other, (level, _) in self._own_levels.items()
+            for other, level in self._own_levels.items()
             if other != name and self.tensors[other].role == place.role
         ]
         if len(others) < 3:
-            everything = [level for level, _ in self._own_levels.values()]
-            mean = float(np.mean(everything)) if everything else 0.0
-            return mean, _UNKNOWN_SPREAD**2
+            everything = list(self._own_levels.values())
+            return float(np.mean(everything)) if everything else 0.0, _UNKNOWN_SPREAD**2
         weights = np.exp([-distance / _LAYER_SCALE for distance, _ in others])
         levels = np.array([level for _, level in others])
         mean = float(weights @ levels / weights.sum())
         spread = float(weights @ (levels - mean) ** 2 / weights.sum())
         return mean, max(spread, _LEAST_ROLE_SPREAD**2)
 
+    @cached_property
+    def _posteriors(self) -> Mapping[str, Mapping[str, tuple[float, float]]]:
+        return {name: self._posterior(name) for name in self.tensors}
+
     def _posterior(self, name: str) -> dict[str, tuple[float, float]]:
         """(mean, standard deviation) of log a for every type, and for kernels' rounding."""
-        if name in self._posteriors:
-            return self._posteriors[name]
         errors = self.tensors[name].errors
         levels = dict(errors.weights) | {f"kernel {k}": e for k, e in errors.kernels.items()}
         wanted = [t for t, e in levels.items() if e > 0]
@@ -277,10 +272,9 @@ class DamageModel:
             gain = np.linalg.solve(variance + _between(at, at) + _noise(noise), cross.T).T
             means = mean + gain @ (log_a - mean)
             variances = np.maximum(variances - (gain * cross).sum(axis=1), 1e-6)
-        found = dict(zip(wanted, zip(means, np.sqrt(variances), strict=True), strict=True))
-        nothing = {t: (mean, 0.0) for t in levels if t not in found}  # an error of exactly 0
-        self._posteriors[name] = {t: (float(m), float(s)) for t, (m, s) in found.items()} | nothing
-        return self._posteriors[name]
+        found = zip(means.tolist(), np.sqrt(variances).tolist(), strict=True)
+        # The mean stands for types with an error of exactly 0.
+        return dict.fromkeys(levels, (mean, 0.0)) | dict(zip(wanted, found, strict=True))
 
     # -- whole type maps --
 

@@ -26,31 +26,27 @@ def decisive_pairs(
 ) -> list[tuple[str, str]]:
     """At most `count` (tensor, type) pairs not yet probed on the whole text, the best first."""
     model = damage_model(sensitivity)
-    names = list(sensitivity.tensors)
-    types = [sensitivity.usable_types(name) for name in names]
-    sizes = [
-        np.array([lookup(t).size_bytes(inventory.by_name[n].shape) for t in row], float)
-        for n, row in zip(names, types, strict=True)
-    ]
-    tables = [[model.damage(n, t) for t in row] for n, row in zip(names, types, strict=True)]
-    damages = [np.array([d.nats for d in row]) for row in tables]
-    deviations = [np.array([d.nats * min(d.log_deviation, 1.5) for d in row]) for row in tables]
-    n_weights = sum(inventory.by_name[n].n_elements for n in names)
+    tensors = [inventory.by_name[name] for name in sensitivity.tensors]
+    rows = [(t, sensitivity.usable_types(t.name)) for t in tensors]
+    sizes = [np.array([lookup(k).size_bytes(t.shape) for k in kinds], float) for t, kinds in rows]
+    tables = [[model.damage(t.name, k) for k in kinds] for t, kinds in rows]
+    damages = [np.array([d.nats for d in table]) for table in tables]
+    doubts = [np.array([d.nats * min(d.log_deviation, 1.5) for d in table]) for table in tables]
+    n_weights = sum(t.n_elements for t in tensors)
     gains: dict[tuple[str, str], float] = {}
     for bits in LADDER_BITS:
         limit = Limit("size", sizes, bits * n_weights / 8)
         if limit.at_most < sum(s.min() for s in sizes):
             continue
         solution = solve(damages, [limit], gap_wanted=1e-3)
-        for i, name in enumerate(names):
+        for i, (tensor, kinds) in enumerate(rows):
             cost, chosen = priced(i, damages, [limit], solution), solution.choice[i]
             behind = np.maximum(0.0, cost - cost[chosen])
-            others = np.delete(cost, chosen)
-            ahead = max(0.0, float(others.min()) - cost[chosen]) if len(others) else np.inf
-            behind[chosen] = ahead
-            expected = expected_gain(behind, deviations[i]) / max(solution.objective, 1e-12)
-            for t, gain in zip(types[i], expected, strict=True):
-                gains[name, t] = max(gains.get((name, t), 0.0), float(gain))
+            ahead = np.delete(cost, chosen).min(initial=np.inf) - cost[chosen]
+            behind[chosen] = max(0.0, ahead)
+            expected = expected_gain(behind, doubts[i]) / max(solution.objective, 1e-12)
+            for kind, gain in zip(kinds, expected.tolist(), strict=True):
+                gains[tensor.name, kind] = max(gains.get((tensor.name, kind), 0.0), gain)
 
     def is_open(pair: tuple[str, str]) -> bool:
         known = sensitivity.tensors[pair[0]].probes.get(pair[1])

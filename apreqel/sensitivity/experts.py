@@ -99,9 +99,7 @@ def _probe(space: Workspace, used: int, texts: Sequence[Text]) -> Estimate:
         LoadedModel(path, patchable=True, overrides=overrides) as other,
         ThreadPoolExecutor(space.n_threads) as pool,
     ):
-        tokens = probe_tokens(own, texts)
-        following = tokens.next_tokens
-        parts = []
+        tokens, parts = probe_tokens(own, texts), []
         with (
             own.context(tokens.n_ctx, 1, space.n_threads) as reference,
             other.context(tokens.n_ctx, 1, space.n_threads) as changed,
@@ -111,7 +109,8 @@ def _probe(space: Workspace, used: int, texts: Sequence[Text]) -> Estimate:
                 chunk = tokens.part(slice(i, i + 1))
                 expected = reference.evaluate(chunk.tokens, chunk.positions)
                 found = changed.evaluate(chunk.tokens, chunk.positions)
-                parts.append(compare(found, Reference.of(expected, pool), following[i], pool))
+                following = chunk.next_tokens[0]
+                parts.append(compare(found, Reference.of(expected, pool), following, pool))
     space.progress(what, tokens.n_chunks, tokens.n_chunks)
     result = Comparison.joined(parts)
     if not result.is_finite:

@@ -13,15 +13,15 @@ import hashlib
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from apreqel import artifacts
-from apreqel.artifacts import Record
+from apreqel.arrays import Doubles, Floats, Reals, Tokens
+from apreqel.artifacts import FileMarks, Record, lock, require_space, write_atomically
 from apreqel.device.machine import detect
 from apreqel.errors import ArtifactError, EngineError
 from apreqel.llama.engine import LoadedModel
@@ -30,6 +30,7 @@ from apreqel.model.inventory import Inventory, Tensor, read_inventory
 from apreqel.model.qtypes import QuantType, lookup
 from apreqel.sensitivity.bench import (
     context_for,
+    evaluated,
     float_rows,
     read_weights,
     scratch_copy,
@@ -38,9 +39,6 @@ from apreqel.sensitivity.bench import (
 from apreqel.sensitivity.calibration import fitting_set, probe_set
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.output_errors import is_slow, sample
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 # Added to all columns' second moments, as a part of their median: keeps weights of columns that are
 # hardly used from being moved far (GPTQ's percdamp; by the median, as single columns can be huge).
@@ -85,7 +83,7 @@ class Gptq:
         facts = f"{self._space.sha256} {_DAMPING} {VERSION}".encode() + self._text.tokens.tobytes()
         digest = hashlib.sha256(facts).hexdigest()[:12]
         self._place = self._space.folder / f"gptq-{digest}"
-        self._source_files = artifacts.FileMarks(self._inventory.files)
+        self._source_files = FileMarks(self._inventory.files)
 
     # -- what it gives --
 
@@ -95,7 +93,7 @@ class Gptq:
         Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
         path = self._place / "ratios.json"
-        found = self._probed.load(GptqRatios, path)
+        found = GptqRatios.load_same(path, self._probed.provenance)
         if found is None:
             found = self._measured_ratios()
             found.save(path)
@@ -113,7 +111,7 @@ class Gptq:
         text = probe_set(self._probed.sensitivity.probe_tokens)
         text = text.part(slice(min(text.n_chunks, _RATIO_TOKENS // text.n_ctx + 1)))
 
-        def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+        def listen(name: str, values: Floats, experts: Tokens | None) -> None:
             if name in qtypes and name not in found:
                 self._space.progress("measuring what GPTQ gives", len(found), len(qtypes))
                 x = values.reshape(-1, values.shape[-1])
@@ -124,8 +122,7 @@ class Gptq:
             LoadedModel(self._space.model, patchable=True) as model,
             context_for(model, text, self._space.n_threads, listen) as context,
         ):
-            part = text.part(slice(context.n_sequences))
-            context.evaluate(part.tokens, part.positions)
+            next(evaluated(context, text))
         self._source_files.check()
         return GptqRatios(self._probed.provenance, {n: found.get(n, {}) for n in qtypes})
 
@@ -196,11 +193,7 @@ class Gptq:
         )
 
     def _compensate(
-        self,
-        tensor: Tensor,
-        qtype: QuantType,
-        rows: npt.NDArray[np.floating],
-        pool: ThreadPoolExecutor,
+        self, tensor: Tensor, qtype: QuantType, rows: Reals, pool: ThreadPoolExecutor
     ) -> None:
         """Let `rows` hold the tensor as it is to be quantised."""
         factor = self._factor(tensor)
@@ -240,7 +233,7 @@ class Gptq:
 
     def _require_factors(self, tensors: Sequence[Tensor]) -> None:
         """Collect those that are not at hand."""
-        with artifacts.lock(self._space.folder / ".gptq.lock"):
+        with lock(self._space.folder / ".gptq.lock"):
             lengths = {self._source(t): t.row_length for t in tensors}
             left = {n: length for n, length in lengths.items() if not self._path(n).exists()}
             if left:
@@ -249,29 +242,27 @@ class Gptq:
     def _collect(self, left: dict[str, int]) -> None:
         """Factors by row length, in as many passes over the text as memory asks for."""
         needed = sum(4 * length**2 for length in left.values())
-        artifacts.require_space(self._space.folder, needed, "the second moments of activations")
-        self._place.mkdir(parents=True, exist_ok=True)
+        require_space(self._space.folder, needed, "the second moments of activations")
         with LoadedModel(self._space.model, patchable=True) as model:
             while left:
-                now: list[str] = []
                 room = min(_ROOM_BYTES, detect().available_bytes // 4)
-                for name, length in left.items():
-                    if now and room < 8 * length**2:
-                        break
-                    now.append(name)
-                    room -= 8 * length**2
+                filled = accumulate(8 * length**2 for length in left.values())
+                now = list(left)[: max(1, sum(n_bytes <= room for n_bytes in filled))]
                 found = self._moments(model, now)
                 self._source_files.check()
                 for name in now:
+                    factor = np.zeros((0, 0), np.float32)  # without one a tensor stays as it is
+                    with suppress(EngineError):
+                        factor = factor_of(found.pop(name, np.zeros((0, 0))))
                     content = io.BytesIO()
-                    np.save(content, _factor_or_none(found.pop(name, np.zeros((0, 0)))))
-                    artifacts.write_atomically(self._path(name), content.getvalue())
+                    np.save(content, factor)
+                    write_atomically(self._path(name), content.getvalue())
                     del left[name]
 
     def _moments(self, model: LoadedModel, names: list[str]) -> dict[str, Doubles]:
         found: dict[str, Doubles] = {}
 
-        def listen(name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+        def listen(name: str, values: Floats, experts: Tokens | None) -> None:
             if name in names and experts is None:
                 x = values.reshape(-1, values.shape[-1])
                 if name not in found:
@@ -285,14 +276,6 @@ class Gptq:
                 part = text.part(slice(start, start + context.n_sequences))
                 context.evaluate(part.tokens, part.positions)
         return found
-
-
-def _factor_or_none(moments: Doubles) -> Floats:
-    """`factor_of`; empty where there is none: the tensor then stays as it is."""
-    try:
-        return factor_of(moments)
-    except EngineError:
-        return np.zeros((0, 0), np.float32)
 
 
 def factor_of(moments: Doubles) -> Floats:
@@ -353,9 +336,8 @@ def compensated_rows(
         errors = np.zeros((len(moved), end - start), np.float32)
         for first in range(start, end, block):
             last = min(first + block, length)
-            e = (moved[:, first:last] - _rounded(moved, first, last, qtype, importance)) @ own[
-                first // block
-            ]
+            e = moved[:, first:last] - _rounded(moved, first, last, qtype, importance)
+            e = e @ own[first // block]
             errors[:, first - start : last - start] = e
             moved[:, last:end] -= e @ factor[first:last, last:end]
         moved[:, end:] -= errors @ factor[start:end, end:]

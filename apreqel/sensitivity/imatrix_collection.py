@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
 
+from apreqel.arrays import Doubles, Floats, Tokens
 from apreqel.errors import CalibrationError, printable
 from apreqel.llama.engine import Context
 from apreqel.model.imatrix import Imatrix, ImatrixEntry
@@ -19,24 +19,20 @@ from apreqel.model.inventory import Inventory
 from apreqel.progress import Progress, silent
 from apreqel.sensitivity.calibration import TokenSet
 
-Floats = npt.NDArray[np.float32]
-
 
 class ImatrixCollector:
     """A listener (see `listening.Listener`) that adds up squared activations."""
 
     def __init__(self, n_matrices: Mapping[str, int]) -> None:
         self._n_matrices = n_matrices
-        self._sums: dict[str, npt.NDArray[np.float64]] = {}
-        self._counts: dict[str, npt.NDArray[np.float64]] = {}
+        self._found: dict[str, tuple[Doubles, Doubles]] = {}  # sums and counts
 
-    def __call__(self, name: str, values: Floats, experts: npt.NDArray[np.int32] | None) -> None:
+    def __call__(self, name: str, values: Floats, experts: Tokens | None) -> None:
         row_length = values.shape[-1]
         n = self._n_matrices.get(name)
         if n is None:
             return
-        sums = self._sums.setdefault(name, np.zeros((n, row_length)))
-        counts = self._counts.setdefault(name, np.zeros(n))
+        sums, counts = self._found.setdefault(name, (np.zeros((n, row_length)), np.zeros(n)))
         if experts is None:
             rows = values.reshape(-1, row_length)
             # float32 within one batch (at most a few thousand rows), float64 across batches.
@@ -54,19 +50,15 @@ class ImatrixCollector:
 
     def result(self, datasets: Sequence[str], n_chunks: int, chunk_size: int) -> Imatrix:
         """Raises CalibrationError where an activation was not finite."""
-        for name, sums in self._sums.items():
+        entries = {}
+        for name, (sums, counts) in self._found.items():
             if not np.isfinite(sums).all():
                 raise CalibrationError(
                     f"tensor {printable(name)}: activations are not finite while collecting the "
                     "imatrix; the model itself is broken or overflows"
                 )
-        entries = {
-            name: ImatrixEntry(
-                self._sums[name].astype(np.float32), self._counts[name].astype(np.float32)
-            )
-            for name in sorted(self._sums)
-        }
-        return Imatrix(entries, datasets, n_chunks, chunk_size)
+            entries[name] = ImatrixEntry(sums.astype(np.float32), counts.astype(np.float32))
+        return Imatrix(dict(sorted(entries.items())), datasets, n_chunks, chunk_size)
 
 
 def n_matrices(inventory: Inventory) -> dict[str, int]:

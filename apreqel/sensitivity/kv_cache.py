@@ -19,13 +19,12 @@ from apreqel.estimates import Estimate
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.qtypes import KV_TYPES, USUAL_CACHES, lookup
-from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated, sequences_at_once
+from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated
 from apreqel.sensitivity.calibration import Text, TokenSet, split_for_calibration
 from apreqel.sensitivity.metrics import Reference, estimate
 from apreqel.workspace import Workspace
 
 KV_FILE = "kv-cache.json"
-
 USUAL = USUAL_CACHES[0]
 
 _CHUNKS, _N_CTX = 4, 512
@@ -68,10 +67,9 @@ def _measured(space: Workspace, texts: Sequence[Text], provenance: Provenance) -
     wanted = [(cache, name) for cache in probes for name in KV_TYPES if name != USUAL]
     with LoadedModel(space.model) as model, ThreadPoolExecutor(space.n_threads) as pool:
         tokens = probe_tokens(model, texts)
-        n = sequences_at_once(tokens.n_ctx, model.n_vocab, 1)
         original = np.empty((tokens.n_scored, model.n_vocab), np.float32)
         usual = lookup(USUAL)
-        with model.context(tokens.n_ctx, n, space.n_threads, cache_types=(usual, usual)) as context:
+        with model.context(tokens.n_ctx, 1, space.n_threads, cache_types=(usual, usual)) as context:
             for rows, logits in evaluated(context, tokens):
                 original[rows] = logits
         reference = ReferenceRun(tokens, Reference.of(original, pool))
@@ -79,7 +77,7 @@ def _measured(space: Workspace, texts: Sequence[Text], provenance: Provenance) -
             space.progress("probing the KV cache", i, len(wanted))
             pair = (lookup(name), usual) if cache == "k" else (usual, lookup(name))
             try:
-                with model.context(tokens.n_ctx, n, space.n_threads, cache_types=pair) as context:
+                with model.context(tokens.n_ctx, 1, space.n_threads, cache_types=pair) as context:
                     result = compared(context, reference, pool)
             except EngineError as error:
                 excluded[f"{cache} {name}"] = str(error)
@@ -89,7 +87,7 @@ def _measured(space: Workspace, texts: Sequence[Text], provenance: Provenance) -
             else:
                 excluded[f"{cache} {name}"] = "the probe gave NaN or Inf"
     space.progress("probing the KV cache", len(wanted), len(wanted))
-    return CacheSensitivity(provenance, probes["k"], probes["v"], excluded)
+    return CacheSensitivity(provenance, **probes, excluded=excluded)
 
 
 def probe_tokens(model: LoadedModel, texts: Sequence[Text]) -> TokenSet:

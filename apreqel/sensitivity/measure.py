@@ -14,13 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from apreqel import artifacts
-from apreqel.artifacts import Provenance
+from apreqel.artifacts import FileMarks, Provenance, file_sha256
 from apreqel.errors import Interrupted, UsageError
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.imatrix import Imatrix, read_imatrix, write_imatrix
-from apreqel.model.qtypes import QuantType, lookup
+from apreqel.model.qtypes import lookup
 from apreqel.quantize import quantize_model
 from apreqel.sensitivity.bench import (
     ProbeBench,
@@ -44,12 +43,7 @@ from apreqel.sensitivity.measurement import (
     Sensitivity,
     TensorSensitivity,
 )
-from apreqel.sensitivity.output_errors import (
-    OutputErrors,
-    candidate_types,
-    first_type,
-    lookup_errors,
-)
+from apreqel.sensitivity.output_errors import OutputErrors, first_type
 from apreqel.workspace import Workspace
 
 _PROBES_PER_ROUND = 16
@@ -89,12 +83,9 @@ class Effort:
 
 
 EFFORTS = {
-    effort.name: effort
-    for effort in (
-        Effort("quick", 4, 0.1, 0),
-        Effort("normal", 8, 1.25, 3),
-        Effort("thorough", 16, 4.0, 3),
-    )
+    "quick": Effort("quick", 4, 0.1, 0),
+    "normal": Effort("normal", 8, 1.25, 3),
+    "thorough": Effort("thorough", 16, 4.0, 3),
 }
 
 
@@ -120,14 +111,11 @@ def measure(
     saved, CalibrationError, EngineError, OutputError.
     """
     settings = settings or ProbeSettings()
-    given = artifacts.file_sha256(imatrix_file) if imatrix_file else ""
-    provenance = Provenance(
-        space.sha256,
-        build_info(),
-        settings=asdict(settings)
-        | {"texts": {t.name: t.sha256 for t in texts}, "imatrix_given": given},
-        seed=settings.seed,
-    )
+    facts = asdict(settings) | {
+        "texts": {t.name: t.sha256 for t in texts},
+        "imatrix_given": file_sha256(imatrix_file) if imatrix_file else "",
+    }
+    provenance = Provenance(space.sha256, build_info(), settings=facts, seed=settings.seed)
     found = resumable(space, provenance) or Sensitivity(provenance)
     if not _is_enough(found, effort):
         run = _Run(space, settings, effort, found)
@@ -149,15 +137,15 @@ def measure(
 
 def _is_enough(found: Sensitivity, effort: Effort) -> bool:
     """Whether `effort` would add nothing: as much was done, or nothing is left to settle."""
-    if not found.complete:
+    if not found.complete or found.cut_short:
         return False
     if effort.minutes is not None:
-        return found.settled and not found.cut_short
-    return _rank(found.effort) >= _rank(effort.name) and not found.cut_short
+        return found.settled
+    return _rank(found.effort) >= _rank(effort.name)
 
 
 def _rank(effort: str) -> int:
-    return list(EFFORTS).index(effort)
+    return ["", *EFFORTS].index(effort)
 
 
 def resumable(space: Workspace, provenance: Provenance) -> Sensitivity | None:
@@ -166,7 +154,7 @@ def resumable(space: Workspace, provenance: Provenance) -> Sensitivity | None:
     imatrix = space.folder / IMATRIX_FILE
     if found is None or not imatrix.exists():
         return None
-    return found if artifacts.file_sha256(imatrix) == found.imatrix_sha256 else None
+    return found if file_sha256(imatrix) == found.imatrix_sha256 else None
 
 
 class _Run:
@@ -175,29 +163,23 @@ class _Run:
     def __init__(
         self, space: Workspace, settings: ProbeSettings, effort: Effort, found: Sensitivity
     ) -> None:
-        self.space, self.found, self.source = (
-            space,
-            found,
-            artifacts.FileMarks(space.inventory.files),
-        )
+        self.space, self.found = space, found
+        self.source = FileMarks(space.inventory.files)
         self._settings, self._effort = settings, effort
-        self._started = self._saved = time.monotonic()
-        self._seconds_before = found.seconds
-        self._deadline = self._started + 60 * effort.minutes if effort.minutes else None
+        self._saved = time.monotonic()
+        self._started = self._saved - found.seconds  # as if it had not been broken off
+        self._deadline = self._saved + 60 * effort.minutes if effort.minutes else None
 
     def keep(self, now: bool = False) -> None:
         """Save what was found, every few seconds or now."""
         if now or time.monotonic() - self._saved > _SAVE_EVERY_SECONDS:
             self.source.check()
             self._saved = time.monotonic()
-            seconds = self._seconds_before + self._saved - self._started
-            self.found = replace(self.found, seconds=seconds)
+            self.found = replace(self.found, seconds=self._saved - self._started)
             self.found.save(self.space.folder / SENSITIVITY_FILE)
 
     def finished(self) -> Sensitivity:
-        effort = self._effort.name
-        if self.found.effort and _rank(self.found.effort) > _rank(effort):
-            effort = self.found.effort
+        effort = max(self.found.effort, self._effort.name, key=_rank)
         self.found = replace(self.found, effort=effort)
         self.keep(now=True)
         return self.found
@@ -218,14 +200,13 @@ class _Run:
         )
         imatrix, half = self._imatrix(model, split.fitting, imatrix_file)
         self.keep(now=True)
-        candidates = candidate_types(self.space.inventory, imatrix)
         with opened_bench(self.space, scratch, model, split.probe, imatrix) as bench:
-            self._errors(model, bench, candidates, split.probe, half)
+            self._errors(model, bench, split.probe, half)
             self.keep(now=True)
             reference = bench.reference(split.probe, scratch.parent)
             itself = bench.compare(reference.part(slice(0, 8)))
             self.found = replace(self.found, self_kld_nats=float(itself.kld_nats.mean()))
-            self._first_probes(bench, candidates, reference)
+            self._first_probes(bench, reference)
             self._kernels(bench, reference, scratch.parent)
             self.keep(now=True)
             self._further_probes(bench, reference)
@@ -245,62 +226,47 @@ class _Run:
             collector, n = ImatrixCollector(n_matrices(inventory)), fitting.n_chunks
             first, second = (fitting.part(slice(start, None, 2)) for start in (0, 1))
             with context_for(model, fitting, self.space.n_threads, collector) as context:
-                half = collect(context, collector, first, self.space.progress, 0, n)
-                imatrix = collect(
-                    context, collector, second, self.space.progress, first.n_chunks, n
-                )
+                progress = self.space.progress
+                half = collect(context, collector, first, progress, 0, n)
+                imatrix = collect(context, collector, second, progress, first.n_chunks, n)
             write_imatrix(target, imatrix)
-        sha256 = artifacts.file_sha256(target)
+        sha256 = file_sha256(target)
         self.found = replace(self.found, imatrix_sha256=sha256, coverage=imatrix.coverage)
         return imatrix, half
 
     def _errors(
-        self,
-        model: LoadedModel,
-        bench: ProbeBench,
-        candidates: Mapping[str, Sequence[QuantType]],
-        tokens: TokenSet,
-        half: Imatrix | None,
+        self, model: LoadedModel, bench: ProbeBench, tokens: TokenSet, half: Imatrix | None
     ) -> None:
         """Fill in the output errors, in one evaluation of the first probe tokens."""
-        if len(self.found.tensors) == len(candidates):
+        if self.found.tensors:
             return
-        listener = OutputErrors(bench, candidates, half, self._settings.seed, self.space.progress)
-        with context_for(model, tokens, self.space.n_threads, listener) as context:
+        space = self.space
+        listener = OutputErrors(bench, half, self._settings.seed, space.progress)
+        with context_for(model, tokens, space.n_threads, listener) as context:
             next(evaluated(context, tokens))
-        tensors = {}
-        for tensor in self.space.inventory.quantizable:
-            errors = listener.errors.get(tensor.name)
-            if errors is None:  # an embedding that is only looked up, or an unused tensor
-                errors = lookup_errors(bench, tensor.name, candidates[tensor.name], tokens)
-            tensors[tensor.name] = TensorSensitivity(tensor.role, tensor.layer or 0, errors)
+        tensors = {
+            t.name: TensorSensitivity(t.role, t.layer or 0, listener.of(t.name, tokens))
+            for t in space.inventory.quantizable
+        }
         self.found = replace(self.found, tensors=tensors, layer_cosines=listener.layer_cosines)
 
-    def _first_probes(
-        self,
-        bench: ProbeBench,
-        candidates: Mapping[str, Sequence[QuantType]],
-        reference: ReferenceRun,
-    ) -> None:
+    def _first_probes(self, bench: ProbeBench, reference: ReferenceRun) -> None:
         """One type of every tensor; spread over the layers, lest time runs out on the way."""
-        names = [name for name, qtypes in candidates.items() if qtypes]
-        ordered = [name for first in range(4) for name in names[first::4]]
-        pairs = [(name, first_type(candidates[name]).name) for name in ordered]
-        wanted = [pair for pair in pairs if not self._is_probed(*pair)]
-        done = len(names) - len(wanted)
-        for i, (name, type_name) in enumerate(wanted):
+        tensors = self.found.tensors
+        pairs = [(n, first_type(t.errors.weights)) for n, t in tensors.items() if t.errors.weights]
+        ordered = [pair for first in range(4) for pair in pairs[first::4]]
+        wanted = [pair for pair in ordered if not self._is_probed(*pair)]
+        for i, pair in enumerate(wanted, len(pairs) - len(wanted)):
             if self._is_late:
                 return
-            self.space.progress("probing tensors", done + i, len(names))
-            self._probe(bench, name, type_name, reference, self._effort.first_chunks)
-            self.keep()
-        self.space.progress("probing tensors", len(names), len(names))
+            self.space.progress("probing tensors", i, len(pairs))
+            self._probe(bench, reference, *pair, self._effort.first_chunks)
+        self.space.progress("probing tensors", len(pairs), len(pairs))
 
     def _is_probed(self, name: str, type_name: str) -> bool:
-        known = self.found.tensors[name].probes.get(type_name)
+        known = self.found.tensors[name].probes.get(type_name, Probe())
         least = min(self._effort.first_chunks, len(self.found.probe_tokens))
-        enough = known is not None and len(known.kld) >= least
-        return enough or f"{name} {type_name}" in self.found.excluded
+        return len(known.kld) >= least or f"{name} {type_name}" in self.found.excluded
 
     def _kernels(self, bench: ProbeBench, reference: ReferenceRun, place: Path) -> None:
         """Whole models in one type, with dequantised weights and as real files."""
@@ -319,8 +285,8 @@ class _Run:
                 kernels = {**self.found.kernels, type_name: KernelLoss(dequantised, real)}
                 self.found = replace(self.found, kernels=kernels)
             else:
-                pair = f"all tensors {type_name}"
-                self.found = self.found.excluding(pair, "the probe gave NaN or Inf")
+                reason = "the probe gave NaN or Inf"
+                self.found = self.found.excluding(f"all tensors {type_name}", reason)
 
     def _real_file(
         self, types: Mapping[str, str], part: ReferenceRun, bench: ProbeBench, place: Path
@@ -360,18 +326,12 @@ class _Run:
                 self.space.progress("probing what decides plans", done, extra)
                 known = self.found.tensors[name].probes.get(type_name)
                 n_chunks = 2 * len(known.kld) if known else self._effort.first_chunks
-                self._probe(bench, name, type_name, reference, n_chunks)
-                self.keep()
+                self._probe(bench, reference, name, type_name, n_chunks)
                 done += 1
         self.space.progress("probing what decides plans", extra, extra)
 
     def _probe(
-        self,
-        bench: ProbeBench,
-        name: str,
-        type_name: str,
-        reference: ReferenceRun,
-        n_chunks: int,
+        self, bench: ProbeBench, reference: ReferenceRun, name: str, type_name: str, n_chunks: int
     ) -> None:
         """Probe a pair up to `n_chunks` chunks; not finite twice excludes it."""
         before = self.found.tensors[name].probes.get(type_name, Probe())
@@ -387,6 +347,8 @@ class _Run:
                 )
                 probe = Probe([*before.kld, *kld], [*before.nll_change, *change])
                 self.found = self.found.with_probe(name, type_name, probe)
-                return
-        reason = "the probe gave NaN or Inf twice"
-        self.found = self.found.excluding(f"{name} {type_name}", reason)
+                break
+        else:
+            reason = "the probe gave NaN or Inf twice"
+            self.found = self.found.excluding(f"{name} {type_name}", reason)
+        self.keep()

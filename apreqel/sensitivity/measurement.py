@@ -13,13 +13,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from apreqel import artifacts
-from apreqel.artifacts import Provenance, Record
+from apreqel.artifacts import Provenance, Record, file_sha256, plain
 from apreqel.errors import ArtifactError, CalibrationError
 from apreqel.estimates import Estimate
 from apreqel.llama.stock import stock_types
@@ -30,8 +27,6 @@ from apreqel.workspace import Workspace
 SENSITIVITY_FILE, IMATRIX_FILE = "sensitivity.json", "imatrix.gguf"
 
 METRICS = ("kld", "perplexity")
-
-SomeRecord = TypeVar("SomeRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -119,7 +114,7 @@ class Sensitivity(Record):
     def digest(self) -> str:
         """SHA-256 over what damages follow from."""
         facts = self.tensors, self.kernels, self.excluded, self.imatrix_sha256
-        return hashlib.sha256(json.dumps(artifacts.plain(facts)).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(plain(facts)).encode()).hexdigest()
 
     def with_probe(self, name: str, type_name: str, probe: Probe) -> Sensitivity:
         tensor = self.tensors[name]
@@ -164,17 +159,9 @@ class ProbedModel:
         settings = {**made.settings, "imatrix_sha256": self.sensitivity.imatrix_sha256}
         return Provenance(made.model_sha256, made.llama_build, settings=settings)
 
-    def load(self, record: type[SomeRecord], path: Path) -> SomeRecord | None:
-        """What was measured later and is kept at `path`; None where it is of another measurement.
-
-        Raises ArtifactError.
-        """
-        return record.load_same(path, self.provenance)
-
     def stock_types(self, preset: str) -> dict[str, str]:
         """What llama.cpp's preset makes of every tensor, with this imatrix. Raises EngineError."""
-        measured = list(self.sensitivity.tensors)
-        return stock_types(self.space.model, preset, has_imatrix_for=measured)
+        return stock_types(self.space.model, preset, has_imatrix_for=list(self.sensitivity.tensors))
 
 
 def probed_model(space: Workspace) -> ProbedModel | None:
@@ -188,7 +175,7 @@ def probed_model(space: Workspace) -> ProbedModel | None:
     found = Sensitivity.load(path, space.sha256)
     if not found.complete or not imatrix.exists():
         return None
-    if artifacts.file_sha256(imatrix) != found.imatrix_sha256:
+    if file_sha256(imatrix) != found.imatrix_sha256:
         raise ArtifactError(
             f"{imatrix}: is not the imatrix that was probed with; run apreqel probe"
         )

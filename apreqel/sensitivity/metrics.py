@@ -11,15 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
 
+from apreqel.arrays import Doubles, Floats, Mask, Tokens, Whole
 from apreqel.estimates import Z95, Estimate
-
-Floats = npt.NDArray[np.float32]
-Doubles = npt.NDArray[np.float64]
 
 # Rows compared at a time: 8 rows of a 256k vocabulary in float32 are 8 MB, near a cache's size.
 _ROWS_AT_ONCE = 8
@@ -53,7 +51,7 @@ class Reference:
         list(pool.map(block, _blocks(n)))
         return Reference(logits, log_sum, top1)
 
-    def part(self, rows: slice | npt.NDArray[np.intp]) -> Reference:
+    def part(self, rows: slice | Whole) -> Reference:
         return Reference(self.logits[rows], self.log_sum[rows], self.top1[rows])
 
     def entropies(self, pool: ThreadPoolExecutor) -> Doubles:
@@ -79,16 +77,12 @@ class Comparison:
     kld_nats: Doubles
     nll_nats: Doubles
     nll_change_nats: Doubles
-    same_top1: npt.NDArray[np.bool_]
+    same_top1: Mask
 
     @staticmethod
     def joined(parts: Sequence[Comparison]) -> Comparison:
-        return Comparison(
-            np.concatenate([p.kld_nats for p in parts]),
-            np.concatenate([p.nll_nats for p in parts]),
-            np.concatenate([p.nll_change_nats for p in parts]),
-            np.concatenate([p.same_top1 for p in parts]),
-        )
+        names = [f.name for f in fields(Comparison)]
+        return Comparison(*(np.concatenate([getattr(p, n) for p in parts]) for n in names))
 
     @property
     def is_finite(self) -> bool:
@@ -96,10 +90,7 @@ class Comparison:
 
 
 def compare(
-    logits: Floats,
-    reference: Reference,
-    next_tokens: npt.NDArray[np.int32],
-    pool: ThreadPoolExecutor,
+    logits: Floats, reference: Reference, next_tokens: Tokens, pool: ThreadPoolExecutor
 ) -> Comparison:
     """Compare logits [positions, vocabulary] with the reference's at the same positions.
 
@@ -143,33 +134,27 @@ def _row_dots(a: Floats, b: Floats) -> Floats:
     return dots
 
 
-def estimate(values: npt.NDArray[np.float64], n_chunks: int) -> Estimate:
+def estimate(values: Doubles, n_chunks: int) -> Estimate:
     """The mean of `values` with a standard error clustered by chunk.
 
     Positions of one text depend on each other, so the chunk means are the independent draws
     (Cameron & Miller 2015). `values` holds `n_chunks` chunks of equal length, in order. With one
     chunk the positions themselves must do.
     """
-    n, mean = len(values), float(values.mean())
-    if n_chunks > 1 and n % n_chunks == 0:
-        draws = values.reshape(n_chunks, -1).mean(axis=1)
-    else:
-        draws = values
+    by_chunk = n_chunks > 1 and len(values) % n_chunks == 0
+    draws = values.reshape(n_chunks, -1).mean(axis=1) if by_chunk else values
     error = float(draws.std(ddof=1)) / math.sqrt(len(draws)) if len(draws) > 1 else math.inf
-    return Estimate(mean, error, n)
+    return Estimate(float(values.mean()), error, len(values))
 
 
-def ratio_interval(
-    ours: npt.NDArray[np.float64], theirs: npt.NDArray[np.float64], n_chunks: int
-) -> tuple[float, float, float]:
+def ratio_interval(ours: Doubles, theirs: Doubles, n_chunks: int) -> tuple[float, float, float]:
     """mean(ours) / mean(theirs) on the same positions, with its paired 95% interval.
 
     Delta method on the per-chunk means; the pairing takes out what makes a text hard for both.
     """
     if n_chunks < 2:
         n_chunks = len(ours)  # the positions themselves must do
-    a = ours.reshape(n_chunks, -1).mean(axis=1)
-    b = theirs.reshape(n_chunks, -1).mean(axis=1)
+    a, b = (values.reshape(n_chunks, -1).mean(axis=1) for values in (ours, theirs))
     if not a.any() and not b.any():
         return 1.0, 1.0, 1.0
     least = max(float(b.mean()), _LEAST_NATS)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from apreqel.sensitivity.damage import Damage, damage_model
-from apreqel.sensitivity.measurement import Sensitivity
+from apreqel.sensitivity.measurement import Probe, Sensitivity
 
 
 @dataclass(frozen=True)
@@ -29,26 +29,23 @@ class Report:
 def report(found: Sensitivity) -> Report:
     model, tensors = damage_model(found), found.tensors
     first = {n: next(iter(t.probes.items())) for n, t in tensors.items() if t.probes}
-    ranked = sorted(
-        ((n, t, model.damage(n, t)) for n, (t, _) in first.items()), key=lambda row: -row[2].nats
-    )
+    damages = [(n, t, model.damage(n, t)) for n, (t, _) in first.items()]
+    ranked = sorted(damages, key=lambda row: -row[2].nats)
     errors = [t.errors for t in tensors.values()]
     return Report(
         float(np.median([e.heldout_ratio for e in errors])),
         float(np.median([e.half_text_ratio for e in errors])),
-        _correlations(found),
+        _correlations(found, first),
         [row for row in ranked if row[2].is_resolved],
         sum(not row[2].is_resolved for row in ranked),
     )
 
 
-def _correlations(found: Sensitivity) -> dict[str, float]:
+def _correlations(found: Sensitivity, first: Mapping[str, tuple[str, Probe]]) -> dict[str, float]:
     """Of cheaper measures with the KL divergence of each tensor's first probe."""
     from scipy.stats import spearmanr
 
     tensors, cosines = found.tensors, found.layer_cosines
-    first = {n: next(iter(t.probes.items())) for n, t in tensors.items() if t.probes}
-    kld = {n: p.estimate().mean for n, (_, p) in first.items()}
     others = {
         "perplexity": {n: p.estimate("perplexity").mean for n, (_, p) in first.items()},
         "output error": {n: tensors[n].errors.weights[t] for n, (t, _) in first.items()},
@@ -56,11 +53,9 @@ def _correlations(found: Sensitivity) -> dict[str, float]:
             n: 1 - cosines[tensors[n].layer] for n in first if 0 < tensors[n].layer < len(cosines)
         },
     }
-    pairs = {
-        label: [(kld[n], value) for n, value in values.items()] for label, values in others.items()
-    }
+    kld = {n: p.estimate().mean for n, (_, p) in first.items()}
     return {
-        label: float(spearmanr(*zip(*rows, strict=True)).statistic)
-        for label, rows in pairs.items()
-        if len(rows) > 2
+        label: float(spearmanr([kld[n] for n in values], list(values.values())).statistic)
+        for label, values in others.items()
+        if len(values) > 2
     }

@@ -18,18 +18,17 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_array
 
+from apreqel.arrays import Doubles, Mask, Whole
 from apreqel.errors import InfeasiblePlanError
-from apreqel.solver.local_search import Doubles, Whole, neighbours
+from apreqel.solver.local_search import neighbours
 
-Mask = npt.NDArray[np.bool_]
 Choice = tuple[int, ...]
 
 # Asked for; what was proven is reported beside every solution.
@@ -98,19 +97,17 @@ def solve(
     relaxed = table.relaxed()
     if relaxed is None:
         raise _conflict(limits)
-    bound, prices, rounded = relaxed
-    best, ceiling = rounded, table.value(rounded)
+    bound, prices, best = relaxed
+    ceiling = table.value(best)
     for core in _CORES:
         if ceiling - bound <= gap_wanted * abs(ceiling) < math.inf:
             break
         best, ceiling = table.improved(best, ceiling, prices, core)
     else:
-        solved = table.exact(prices, bound, ceiling, gap_wanted)
-        if solved:
-            bound = max(bound, solved[0])
-            value = table.value(solved[1])
+        if solved := table.exact(prices, bound, ceiling, gap_wanted):
+            bound, found = max(bound, solved[0]), solved[1]
             # HiGHS may pass a limit by its tolerance.
-            found, value = table.improved(solved[1], value, prices, _CORES[0])
+            found, value = table.improved(found, table.value(found), prices, _CORES[0])
             if value <= ceiling:
                 best, ceiling = found, value
     if ceiling == math.inf:
@@ -127,10 +124,8 @@ def priced(
 
     At the optimum of the relaxation an item takes the option of which this is least.
     """
-    total: Doubles = costs[i].copy()
-    for limit, price in zip(limits, solution.prices, strict=True):
-        total += price * limit.costs[i]
-    return total
+    pairs = zip(limits, solution.prices, strict=True)
+    return np.asarray(sum((price * limit.costs[i] for limit, price in pairs), costs[i]))
 
 
 def total(costs: Sequence[Doubles], choice: Sequence[int] | Whole) -> float:
@@ -185,8 +180,7 @@ class _Table:
         count = len(self._items) + _NEAR
         near = self._open
         if near.sum() > count:
-            prices = self._near_prices()
-            near = self._nearest(prices, count)
+            near = self._nearest(self._near_prices(), count)
         while True:
             everything = bool((near == self._open).all())
             solved = self._relaxation(near)
@@ -202,20 +196,17 @@ class _Table:
             near = near | self._nearest(prices, count)
 
     def _reduced(self, prices: Doubles) -> Doubles:
-        reduced: Doubles = self._cost + np.tensordot(prices, self._uses, 1)
-        return reduced
+        return np.asarray(self._cost + np.tensordot(prices, self._uses, 1))
 
     def _extra(self, prices: Doubles) -> Doubles:
         """What choosing an option adds to the lower bound at these prices, at least."""
         reduced = self._reduced(prices)
-        extra: Doubles = reduced - reduced.min(axis=1, keepdims=True)
-        return extra
+        return np.asarray(reduced - reduced.min(axis=1, keepdims=True))
 
     def _nearest(self, prices: Doubles, count: int) -> Mask:
         extra = self._extra(prices)
         last = min(count, int(self._open.sum())) - 1
-        nearest: Mask = self._open & (extra <= np.partition(extra, last, axis=None)[last])
-        return nearest
+        return np.asarray(self._open & (extra <= np.partition(extra, last, axis=None)[last]))
 
     def _near_prices(self) -> Doubles:
         """Prices whose lower bound is within about 1e-6 of the greatest.
@@ -272,9 +263,8 @@ class _Table:
 
         Left out are options whose choice alone pushes the bound at `prices` over `ceiling`.
         """
-        extra = self._extra(prices)
         reach = (ceiling - bound) * (1 + 1e-9) + 1e-12 * abs(bound)
-        near = self._open & (extra <= reach)
+        near = self._open & (self._extra(prices) <= reach)
         # HiGHS also stops at an absolute gap of 1e-6, so the objective is brought near a thousand.
         scale = 1000 / (abs(ceiling if ceiling < math.inf else bound) or 1.0)
         rows = self._uses[:, near] * self._units[:, None]
@@ -309,8 +299,7 @@ class _Table:
 
 def _one_each(near: Mask) -> csr_array:
     items = np.nonzero(near)[0]
-    entries = (np.ones(len(items)), (items, np.arange(len(items))))
-    return csr_array(entries, shape=(len(near), len(items)))
+    return csr_array((np.ones(len(items)), (items, np.arange(len(items)))), (len(near), len(items)))
 
 
 def _whole(near: Mask, x: Doubles) -> Whole:
@@ -323,26 +312,23 @@ def _whole(near: Mask, x: Doubles) -> Whole:
 def _quiet() -> Iterator[None]:
     """HiGHS 1.8 to 1.12 print debugging lines on the process's stdout; results belong there."""
     sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
+    kept = os.dup(1)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
     try:
         yield
     finally:
         os.dup2(kept, 1)
         os.close(kept)
-        os.close(nowhere)
 
 
 def _conflict(limits: Sequence[Limit]) -> InfeasiblePlanError:
     """Which limits stand against each other, and how far each would have to give way alone."""
     names = " and ".join(f"{limit.name} {limit.show(limit.at_most)}" for limit in limits)
     ways = []
-    for i, limit in enumerate(limits):
-        others = [other for j, other in enumerate(limits) if j != i]
-        try:
-            nearest = solve(limit.costs, others).objective
-        except InfeasiblePlanError:
-            continue
-        ways.append(f"{limit.name} {limit.show(nearest)}")
+    for limit in limits:
+        with suppress(InfeasiblePlanError):
+            nearest = solve(limit.costs, [other for other in limits if other is not limit])
+            ways.append(f"{limit.name} {limit.show(nearest.objective)}")
     advice = f"; with the others as they are, possible is {', or '.join(ways)}" if ways else ""
     return InfeasiblePlanError(f"no choice meets {names} together{advice}")

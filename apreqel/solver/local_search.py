@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import numpy.typing as npt
 from scipy.spatial import cKDTree
 
-Doubles = npt.NDArray[np.float64]
-Whole = npt.NDArray[np.intp]
+from apreqel.arrays import Doubles, Whole
 
 # Pairs looked up for a pair: of the nearest, some use a little too much of a limit.
 _PARTNERS = 8
@@ -36,9 +34,8 @@ def neighbours(
     option]` what an option uses of a limit, `left[limit]` what `choice` leaves of it, or lacks.
     What a choice adds in reduced cost, and what it leaves at `prices`, must be less than `gain`.
     """
-    items = np.arange(len(choice))
-    change = reduced - reduced[items, choice][:, None]
-    change[items, choice] = np.inf
+    change = reduced - np.take_along_axis(reduced, choice[:, None], 1)
+    np.put_along_axis(change, choice[:, None], np.inf, 1)
     nearest = np.argsort(change, axis=None, kind="stable")[:core]
     item, option = np.unravel_index(nearest[np.isfinite(change.flat[nearest])], change.shape)
     # Items alternate between the halves in the order of their nearest move.

@@ -42,7 +42,7 @@ def main() -> None:
                 predicted = memory.memory_use(
                     known, inventory, types, path.stat().st_size, n_ctx
                 ).total_bytes
-                real = measure_footprint(path, n_ctx, n_ctx, known.n_threads).run_bytes
+                real = measure_footprint(path, n_ctx, n_ctx, known.n_threads)
                 error = predicted / real - 1
                 worst = max(worst, abs(error))
                 print(
