@@ -21,7 +21,7 @@ from apreqel.plan.wishes import Wishes
 
 if TYPE_CHECKING:
     from apreqel.plan.plan import Plan
-    from apreqel.sensitivity.calibration import Text
+    from apreqel.sensitivity.texts import Text
     from apreqel.workspace import Workspace
 
 app = typer.Typer(
@@ -69,6 +69,7 @@ def profile(
     """
     from apreqel.console import profile as view
     from apreqel.device import store
+    from apreqel.device.profiling import profile_model
 
     word = model if model in ("list", "show") and not Path(model).exists() else None
     if import_from is not None or word == "list":
@@ -80,7 +81,7 @@ def profile(
     if word or device is not None:
         measured, inventory = store.named_profile(device or name or "", None if word else model)
     else:
-        measured, inventory = store.profile_model(model, workdir, threads, again, Reporter(quiet))
+        measured, inventory = profile_model(model, workdir, threads, again, Reporter(quiet))
     if export_to is not None:
         measured.save(export_to)
     answer(json, view.show, measured, inventory, data=view.as_json)
@@ -103,7 +104,7 @@ def probe(
     from apreqel import pipeline
     from apreqel.console import probe as view
     from apreqel.evaluate.real_files import measured_files
-    from apreqel.sensitivity.measure import effort_from
+    from apreqel.sensitivity.effort import effort_from
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         probed = pipeline.probe(
@@ -128,9 +129,9 @@ def plan(
     """Choose a quant type for every tensor; probes and profiles first where that is missing."""
     from apreqel import pipeline
     from apreqel.console import plan as view
-    from apreqel.device import store
+    from apreqel.device.profiling import profile_for
     from apreqel.plan.request import request_of, require_compatible
-    from apreqel.sensitivity.measure import effort_from
+    from apreqel.sensitivity.effort import effort_from
     from apreqel.sensitivity.measurement import probed_model
 
     show: Callable[..., None]
@@ -141,7 +142,7 @@ def plan(
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = request_of(wishes, space.inventory)
         probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
-        profile = store.profile_for(space, wishes.device, needed=request.needs_profile)
+        profile = profile_for(space, wishes.device, needed=request.needs_profile)
         asked = probed, request, profile
         if wishes.front:
             show, found = view.show_front, (pipeline.front(*asked, metric),)
@@ -187,12 +188,12 @@ def quantize(
     """Write the GGUF of a plan, then re-read it and check every tensor."""
     from apreqel import pipeline
     from apreqel.console import verify as view
-    from apreqel.device import store
+    from apreqel.device.threads import usual_threads
 
     result = pipeline.run_plan(
         plan,
         output=output,
-        n_threads=threads or store.usual_threads(),
+        n_threads=threads or usual_threads(),
         force=force,
         allow_requantize=allow_requantize,
         progress=Reporter(quiet),
@@ -281,7 +282,7 @@ def auto(
     from apreqel.console import verify as view
     from apreqel.evaluate.verify import VerifySettings
     from apreqel.plan.request import request_of
-    from apreqel.sensitivity.measure import effort_from
+    from apreqel.sensitivity.effort import effort_from
 
     presets, settings = ["Q4_K_M"] if against is None else against, VerifySettings(n_scored=tokens)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
@@ -317,15 +318,15 @@ def _workspace(
 
 
 def _texts(paths: Sequence[Path] | None) -> list[Text]:
-    from apreqel.sensitivity import calibration
+    from apreqel.sensitivity.texts import bundled_texts, read_text
 
-    return [calibration.read_text(p) for p in paths] if paths else calibration.bundled_texts()
+    return [read_text(path) for path in paths] if paths else bundled_texts()
 
 
 def _verify_text(path: Path | None) -> Text:
-    from apreqel.sensitivity import calibration
+    from apreqel.sensitivity.texts import heldout_text, read_text
 
-    return calibration.read_text(path) if path else calibration.heldout_text()
+    return read_text(path) if path else heldout_text()
 
 
 def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | None, str]:

@@ -10,7 +10,9 @@ from pathlib import Path
 from apreqel import artifacts, quantize, workspace
 from apreqel.artifacts import Provenance
 from apreqel.device.profile import DeviceProfile
-from apreqel.device.store import load_named, profile_of, usual_threads, with_threads
+from apreqel.device.profiling import profile_of
+from apreqel.device.store import load_named
+from apreqel.device.threads import usual_threads, with_threads
 from apreqel.errors import (
     ApreqelError,
     ArtifactError,
@@ -26,21 +28,22 @@ from apreqel.evaluate.refine import is_worthwhile, refined
 from apreqel.evaluate.verify import VerificationReport, VerifySettings
 from apreqel.model import recipes
 from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.plan.cache_types import CACHES
 from apreqel.plan.front import Front, ladder_sizes, pareto_front
 from apreqel.plan.make_plan import make_plan
-from apreqel.plan.options import CACHES
 from apreqel.plan.plan import PLAN_FILE, Plan
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest, request_from, require_presets
 from apreqel.plan.solve import Solved, solve_request, with_longest_context
 from apreqel.progress import Progress
-from apreqel.sensitivity.calibration import Text, bundled_texts
 from apreqel.sensitivity.damage import damage_model
+from apreqel.sensitivity.effort import Effort
 from apreqel.sensitivity.experts import expert_use
 from apreqel.sensitivity.gptq import Gptq
 from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity, cache_sensitivity
-from apreqel.sensitivity.measure import Effort, ProbeSettings, measure
+from apreqel.sensitivity.measure import ProbeSettings, measure
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
+from apreqel.sensitivity.texts import Text, bundled_texts
 from apreqel.workspace import Workspace
 
 # Plans along a ladder that probing tries as real files.

@@ -12,23 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from apreqel.device.shapes import shapes_of
 
 from apreqel.artifacts import Provenance
 from apreqel.device.machine import Device
 from apreqel.device.profile import DeviceProfile, Kernel, Overhead, Reading
+from apreqel.device.shapes import shapes_of
 from apreqel.llama.engine import LoadedModel
 from apreqel.model.imatrix import Imatrix, ImatrixEntry
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup
 from apreqel.plan.planner import Planner
 from apreqel.progress import Progress, silent
-from apreqel.sensitivity import calibration
 from apreqel.sensitivity import measure as sensitivity
-from apreqel.sensitivity.calibration import Text, TokenSet
 from apreqel.sensitivity.damage import damage_model
-from apreqel.sensitivity.measure import Effort, ProbeSettings
+from apreqel.sensitivity.effort import Effort
+from apreqel.sensitivity.measure import ProbeSettings
 from apreqel.sensitivity.measurement import ProbedModel, Sensitivity, TensorSensitivity
+from apreqel.sensitivity.texts import Text, TokenSet, bundled_texts
 from apreqel.workspace import Workspace
 
 # --- the command ---------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ LITTLE = Effort("quick", 2, 0.5, 2)
 
 
 def texts() -> list[Text]:
-    return calibration.bundled_texts()
+    return bundled_texts()
 
 
 def workspace(inventory: Inventory, folder: Path, progress: Progress = silent) -> Workspace:

@@ -29,10 +29,10 @@ from apreqel.plan.plan import Plan
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest
 from apreqel.plan.solve import Solved, solve_request
-from apreqel.sensitivity import calibration
 from apreqel.sensitivity.bench import ProbeBench, scratch_copy
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.measurement import ProbedModel
+from apreqel.sensitivity.texts import TokenSet, check_set, heldout_text, verification_set
 from apreqel.solver import knapsack
 from apreqel.solver.knapsack import Limit, total
 
@@ -58,7 +58,7 @@ def test_a_measured_file_is_what_llama_cpp_gives(probed: ProbedModel, tmp_path: 
         found = bench.measure("uniform Q4_0", types)
     path = tmp_path / "q.gguf"
     quantize.quantize_model(inventory, types, path, imatrix=probed.imatrix)
-    text = calibration.check_set(probed.sensitivity.check_tokens)
+    text = check_set(probed.sensitivity.check_tokens)
     klds = divergences_of_files(inventory.files[0], path, text).mean(axis=1).tolist()
     assert found.kld_by_chunk == pytest.approx(klds, rel=2e-3)
     assert not list(folder.glob("measured-*/")) and not list(folder.glob("text-*"))
@@ -74,7 +74,7 @@ def test_text_for_files_is_kept_apart(probed: ProbedModel) -> None:
     inventory = probed.inventory
     with LoadedModel(inventory.files[0]) as model:
         split = SHORT.split(model, texts())
-        heldout = calibration.verification_set(model, calibration.heldout_text(), 128, 500)
+        heldout = verification_set(model, heldout_text(), 128, 500)
     assert probed.sensitivity.check_tokens == split.check.tokens.tolist()
     checked = {bytes(np.array(row[:64], np.int32)) for row in probed.sensitivity.check_tokens}
     for tokens in (split.fitting.tokens, split.probe.tokens, heldout.tokens):
@@ -188,7 +188,7 @@ def test_swaps_start_from_the_plan(probed: ProbedModel) -> None:
     inventory = probed.inventory
     qtypes = {t.name: lookup("Q4_0") for t in inventory.quantizable}
     tokens = np.array(probed.sensitivity.probe_tokens, np.int32)
-    text = calibration.TokenSet.scored_from(4, "probe", tokens)
+    text = TokenSet.scored_from(4, "probe", tokens)
     with (
         scratch_copy(probed.space) as scratch,
         LoadedModel(scratch, patchable=True) as model,

@@ -41,10 +41,11 @@ from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest
 from apreqel.plan.solve import Solved, solve_request
 from apreqel.progress import Progress, silent
-from apreqel.sensitivity import calibration, experts, kv_cache
+from apreqel.sensitivity import experts, kv_cache
 from apreqel.sensitivity.experts import ExpertUse, expert_use
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.metrics import Reference, compare
+from apreqel.sensitivity.texts import chunks_of
 from apreqel.solver.knapsack import total
 
 KEY = "llama.expert_used_count"
@@ -66,7 +67,7 @@ def logits(path: Path, overrides: dict[str, int] | None = None) -> np.ndarray:
         engine.LoadedModel(path, overrides=overrides) as model,
         model.context(128, 1, 1) as context,
     ):
-        tokens = calibration.chunks_of(model, texts(), 128)[:1]
+        tokens = chunks_of(model, texts(), 128)[:1]
         return context.evaluate(tokens, np.arange(8, 127, dtype=np.int32)[None]).copy()
 
 

@@ -19,10 +19,10 @@ from apreqel.plan.plan import Plan
 from apreqel.plan.request import PlanRequest
 from apreqel.sensitivity import gptq
 from apreqel.sensitivity.bench import read_weights
-from apreqel.sensitivity.calibration import check_set
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.gptq import Gptq
 from apreqel.sensitivity.measurement import ProbedModel
+from apreqel.sensitivity.texts import check_set
 
 
 @pytest.fixture(scope="module", params=["llama", "moe"])

@@ -53,12 +53,19 @@ from apreqel.plan.make_plan import make_plan
 from apreqel.plan.request import PlanRequest, parse_size
 from apreqel.plan.solve import solve_request
 from apreqel.sensitivity import bench as probing
-from apreqel.sensitivity import calibration, imatrix_collection
+from apreqel.sensitivity import imatrix_collection
 from apreqel.sensitivity import measure as sensitivity
+from apreqel.sensitivity.effort import Effort
 from apreqel.sensitivity.kv_cache import cache_sensitivity
-from apreqel.sensitivity.measure import Effort
 from apreqel.sensitivity.measurement import ProbedModel, Sensitivity
 from apreqel.sensitivity.output_errors import mean_cosine
+from apreqel.sensitivity.texts import (
+    TokenSet,
+    heldout_text,
+    read_text,
+    split_for_calibration,
+    verification_set,
+)
 
 QUANT_TYPES = [name for name, qtype in qtypes.registry().items() if qtype.is_quantized]
 
@@ -106,7 +113,7 @@ def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: P
     inventory = read_inventory(llama_model)
     names = ["blk.0.ffn_down.weight", "blk.1.attn_v.weight"]
     with engine.LoadedModel(llama_model) as model:
-        tokens = calibration.split_for_calibration(
+        tokens = split_for_calibration(
             model, texts(), fitting_chunks=4, n_ctx=64, probe_chunks=4, probe_ctx=64
         ).probe
         with model.context(64, 2, 2) as context:
@@ -286,7 +293,7 @@ def test_imatrix_equals_sums_taken_from_numpy(tmp_path: Path) -> None:
     reader = {t.name: t.data for t in gguf.GGUFReader(path).tensors}
     collector = imatrix_collection.ImatrixCollector(imatrix_collection.n_matrices(inventory))
     tokens = np.arange(128, dtype=np.int32).reshape(2, 64) % 250
-    token_set = calibration.TokenSet.scored_from(0, "t", tokens)
+    token_set = TokenSet.scored_from(0, "t", tokens)
     with engine.LoadedModel(path) as model, model.context(64, 1, 2, collector) as context:
         collected = imatrix_collection.collect(context, collector, token_set)
     x = reader["token_embd.weight"].reshape(-1, 256)[tokens.reshape(-1)].astype(np.float64)
@@ -364,7 +371,7 @@ def test_zero_columns_and_unseen_experts_are_substituted_and_counted() -> None:
 
 def test_calibration_and_probe_text_share_no_chunk(llama_model: Path) -> None:
     with engine.LoadedModel(llama_model) as model:
-        split = calibration.split_for_calibration(
+        split = split_for_calibration(
             model, texts(), fitting_chunks=10**6, probe_chunks=9, n_ctx=128, probe_ctx=64
         )
     sets = [split.fitting, split.probe, split.check]
@@ -382,18 +389,18 @@ def test_texts_that_cannot_be_used(llama_model: Path, tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     path.write_bytes(b"good line\nbad \xff line")
     with pytest.raises(CalibrationError, match=r"not UTF-8 at byte 14 \(line 2, value 0xff\)"):
-        calibration.read_text(path)
+        read_text(path)
     path.write_text("Too short.")
     with engine.LoadedModel(llama_model) as model:
         with pytest.raises(CalibrationError, match=r"0 tokens; at least 1536 are needed"):
-            calibration.split_for_calibration(
+            split_for_calibration(
                 model,
-                [calibration.read_text(path)],
+                [read_text(path)],
                 n_ctx=128,
                 probe_ctx=64,
             )
         with pytest.raises(CalibrationError, match=r"scoring 1000 needs"):
-            calibration.verification_set(model, calibration.read_text(path), 512, 1000)
+            verification_set(model, read_text(path), 512, 1000)
 
 
 # --- plans ---------------------------------------------------------------------------------------
@@ -551,7 +558,7 @@ def verified(inventory: Inventory, folder: Path, files: dict[str, Path], **optio
     return verify.verify(
         workspace(inventory, folder),
         files,
-        text=options.pop("text", calibration.heldout_text()),
+        text=options.pop("text", heldout_text()),
         settings=settings,
     )
 
@@ -579,7 +586,7 @@ def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: 
     # The same perplexity and divergence, computed plainly.
     nll, kld, same = [], [], []
     with engine.LoadedModel(llama_model) as a, engine.LoadedModel(files["Q4_0"]) as b:
-        tokens = calibration.verification_set(a, calibration.heldout_text(), 128, 500)
+        tokens = verification_set(a, heldout_text(), 128, 500)
         with a.context(128, 1, 2) as p_context, b.context(128, 1, 2) as q_context:
             for chunk in tokens.tokens:
                 p = log_probabilities(p_context.evaluate(chunk[None], tokens.positions[:1]))

@@ -24,9 +24,9 @@ from apreqel.model import recipes
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup
 from apreqel.plan import explain
+from apreqel.plan.cache_types import CACHES
 from apreqel.plan.constraints import Constraints, parse_constraints
 from apreqel.plan.front import pareto_front
-from apreqel.plan.options import CACHES
 from apreqel.plan.plan import encode_metadata
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import (

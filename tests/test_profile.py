@@ -20,6 +20,7 @@ from apreqel.device.machine import doubts
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.real_runs import RealRun
 from apreqel.device.shapes import parse_key, shapes_of, timed_caches, write_shapes
+from apreqel.device.threads import tune_threads
 from apreqel.errors import ArtifactError, UsageError
 from apreqel.llama import engine
 from apreqel.llama.footprint import measure_footprint
@@ -429,7 +430,7 @@ def test_a_disturbed_reading_is_taken_again(
 
 def test_threads_are_tuned(rows_576_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(rows_576_model)
-    best, tried = real_runs.tune_threads(Workspace(inventory, "", tmp_path))
+    best, tried = tune_threads(Workspace(inventory, "", tmp_path))
     if device.usable_cores() > 1:
         assert {"1", str(device.usable_cores())} <= set(tried)
         fastest = min(decode for decode, _ in tried.values())

@@ -105,15 +105,6 @@ def usable_cores() -> int:
     return min(cores, max(1, round(int(quota[1]) / int(quota[2])))) if quota else cores
 
 
-def default_threads() -> int:
-    """One thread a physical core that may be used, of the fastest kind on big.LITTLE."""
-    import psutil
-
-    cores, kinds = usable_cores(), clusters()
-    cores = min(cores, psutil.cpu_count(logical=False) or cores)
-    return min(cores, len(kinds[0])) if len(kinds) > 1 else cores
-
-
 def clusters(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[list[int]]:
     """Usable cores by kind, the fastest kind first: Arm's capacity, or else the highest clock.
 

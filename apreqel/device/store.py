@@ -10,18 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
-from apreqel import artifacts
-from apreqel.device import timing
-from apreqel.device.machine import default_threads, this_device
+from apreqel.device.machine import this_device
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.shapes import standard_model
 from apreqel.errors import UsageError, printable
 from apreqel.model.inventory import Inventory, find_model, read_inventory
-from apreqel.progress import Progress
-from apreqel.workspace import Workspace, opened
 
 
 def store_folder() -> Path:
@@ -92,58 +87,3 @@ def own_profiles(n_threads: int | str = "*") -> Iterator[DeviceProfile]:
 def stored_profile(n_threads: int) -> DeviceProfile | None:
     """What was measured on this very device with so many threads."""
     return next(own_profiles(n_threads), None)
-
-
-def tuned_threads() -> int | None:
-    """Threads of the stored profile of this device for which they were tuned, not given."""
-    return next((p.n_threads for p in own_profiles() if p.thread_seconds), None)
-
-
-def usual_threads() -> int:
-    """Threads that this device was tuned to, or else one a physical core."""
-    return tuned_threads() or default_threads()
-
-
-def with_threads(space: Workspace, n_threads: int | None) -> Workspace:
-    """The same with so many threads; None: as many as this device was, or may be, tuned to."""
-    return replace(space, n_threads=n_threads or usual_threads(), tune_threads=n_threads is None)
-
-
-def profile_of(space: Workspace, *, again: bool = False) -> DeviceProfile:
-    """This device's profile with this model in it: the stored one, completed where it lacks.
-
-    Raises LockedError where another apreqel is timing: two would disturb each other.
-    """
-    if space.tune_threads and (tuned := tuned_threads()):
-        space = replace(space, n_threads=tuned, tune_threads=False)
-    with artifacts.lock(store_folder() / ".lock"):
-        known = None if space.tune_threads else stored_profile(space.n_threads)
-        if known and not again and known.is_complete(space.inventory):
-            return known
-        measured = timing.measure_profile(space, known=None if again else known)
-        if known:
-            measured = known.merged(measured)
-        measured.save(store_folder() / f"{measured.name}.json")
-    return measured
-
-
-def profile_for(space: Workspace, name: str | None, *, needed: bool) -> DeviceProfile | None:
-    """The profile to plan with: a named device's, this one's, or what there is of this one."""
-    if name is not None:
-        return load_named(name)
-    if needed:
-        return profile_of(space)
-    known = stored_profile(space.n_threads)
-    return known if known and known.covers(space.inventory) else None
-
-
-def profile_model(
-    model: str | None, folder: Path | None, n_threads: int | None, again: bool, progress: Progress
-) -> tuple[DeviceProfile, Inventory]:
-    """This device's profile with `model` in it, or with shapes of common small models."""
-    if model is not None:
-        with opened(model, folder, allow_requantize=True, progress=progress) as space:
-            return profile_of(with_threads(space, n_threads), again=again), space.inventory
-    with standard_model() as inventory:
-        space = Workspace(inventory, "", inventory.files[0].parent, progress=progress)
-        return profile_of(with_threads(space, n_threads), again=again), inventory

@@ -26,6 +26,7 @@ from apreqel.device.memory import measure_rest
 from apreqel.device.profile import Anchor, DeviceProfile, Kernel, Overhead, default_name
 from apreqel.device.rounds import Rounds, fit_overhead
 from apreqel.device.shapes import Shape, timed_shapes, write_shapes
+from apreqel.device.threads import tune_threads
 from apreqel.llama.graphs import CACHED_TOKENS, HeadShape, MatrixShape
 from apreqel.llama.kernels import KernelBench
 from apreqel.llama.library import build_info
@@ -82,7 +83,7 @@ def measure_profile(
         space = replace(space, folder=Path(folder))
         thread_seconds: Mapping[str, Sequence[float]] = {}
         if space.tune_threads:
-            best, thread_seconds = real_runs.tune_threads(space)
+            best, thread_seconds = tune_threads(space)
             space = replace(space, n_threads=best)
         known = known or DeviceProfile(
             Provenance("", build_info(), fingerprint, {"n_prompt": real_runs.PROMPT_TOKENS}),

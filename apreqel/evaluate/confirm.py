@@ -16,6 +16,7 @@ import numpy as np
 from apreqel.errors import InfeasiblePlanError
 from apreqel.evaluate.real_files import FileBench, FileMeasurement
 from apreqel.model.qtypes import lookup, nearest
+from apreqel.plan.cache_types import without_caches
 from apreqel.plan.make_plan import make_plan
 from apreqel.plan.options import Options
 from apreqel.plan.plan import FileResult, Plan
@@ -198,7 +199,7 @@ def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str
 
     Without GPTQ, as they are then written.
     """
-    options = solved.options.without_caches()
+    options = without_caches(solved.options)
     as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, gptq=False).nats)
     options = replace(options, damages=as_they_are)
     data_bytes = total(options.sizes, solved.solution.choice[: len(options.names)])

@@ -20,11 +20,11 @@ from apreqel.artifacts import Record
 from apreqel.estimates import Estimate
 from apreqel.evaluate.text_run import OnText, on_text
 from apreqel.quantize import quantize_model
-from apreqel.sensitivity.calibration import check_set
 from apreqel.sensitivity.damage import MeasuredFile
 from apreqel.sensitivity.gptq import VERSION, Gptq
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.metrics import estimate, ratio_interval
+from apreqel.sensitivity.texts import check_set
 
 MEASURED_FILE = "measured-files.json"
 

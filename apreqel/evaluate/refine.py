@@ -27,10 +27,10 @@ from apreqel.sensitivity.bench import (
     paging_note,
     scratch_copy,
 )
-from apreqel.sensitivity.calibration import probe_set
 from apreqel.sensitivity.damage import Swap, expected_gain
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.metrics import estimate
+from apreqel.sensitivity.texts import probe_set
 from apreqel.solver.knapsack import priced
 
 SWAPS_FILE = "swaps.json"

@@ -15,7 +15,7 @@ import numpy as np
 
 from apreqel.arrays import Doubles
 from apreqel.device.profile import DeviceProfile
-from apreqel.device.store import profile_for
+from apreqel.device.profiling import profile_for
 from apreqel.evaluate.confirm import best_fitting, stock_and_uniform
 from apreqel.evaluate.real_files import measured_files
 from apreqel.evaluate.verify import VerificationReport, VerifySettings, verify
@@ -24,9 +24,9 @@ from apreqel.plan.options import Options
 from apreqel.plan.plan import encode_metadata, output_metadata
 from apreqel.plan.planner import Planner
 from apreqel.quantize import quantize_model
-from apreqel.sensitivity.calibration import Text
 from apreqel.sensitivity.damage import DamageModel, damage_model
 from apreqel.sensitivity.measurement import Sensitivity, require_probed_model
+from apreqel.sensitivity.texts import Text
 from apreqel.solver.knapsack import Choice, Limit, solve, total
 from apreqel.workspace import Workspace
 

@@ -16,8 +16,8 @@ from apreqel.artifacts import require_space
 from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
 from apreqel.llama.engine import Context, LoadedModel
 from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated, sequences_at_once
-from apreqel.sensitivity.calibration import TokenSet
 from apreqel.sensitivity.metrics import Comparison, Reference
+from apreqel.sensitivity.texts import TokenSet
 from apreqel.workspace import Workspace
 
 

@@ -21,9 +21,9 @@ from apreqel.evaluate.text_run import on_text
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.inventory import Inventory, read_inventory
-from apreqel.sensitivity.calibration import Text, TokenSet, bundled_texts, verification_set
 from apreqel.sensitivity.measurement import SENSITIVITY_FILE, Sensitivity
 from apreqel.sensitivity.metrics import Comparison, estimate, ratio_interval
+from apreqel.sensitivity.texts import Text, TokenSet, bundled_texts, verification_set
 from apreqel.workspace import Workspace
 
 VERIFICATION_FILE = "verification.json"

@@ -224,7 +224,9 @@ class _Reader:
             )
         if version < 2:
             self.fail(f"GGUF version {version} is no longer read; convert the model again")
-        self.fail(f"GGUF version {version} is newer than this apreqel knows (3); update apreqel")
+        return self.fail(
+            f"GGUF version {version} is newer than this apreqel knows (3); update apreqel"
+        )
 
     def _skip_value(self, key: str, value_type: int) -> None:
         """Check the extent of a value and step over it."""

@@ -9,7 +9,7 @@ from apreqel.artifacts import Provenance
 from apreqel.device.memory import memory_use
 from apreqel.device.profile import DeviceProfile
 from apreqel.model.qtypes import USUAL_CACHES, lookup
-from apreqel.plan.options import CACHES
+from apreqel.plan.cache_types import CACHES
 from apreqel.plan.plan import Plan, encode_metadata, map_digest
 from apreqel.plan.planner import Planner
 from apreqel.plan.solve import Solved

@@ -7,26 +7,19 @@ and resident bytes on that device. Limits are sums of these.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from apreqel.arrays import Doubles
 from apreqel.device.profile import DeviceProfile
 from apreqel.model.inventory import Inventory, Tensor
-from apreqel.model.qtypes import USUAL_CACHES, lookup
+from apreqel.model.qtypes import lookup
 from apreqel.sensitivity.damage import DamageModel
-from apreqel.sensitivity.kv_cache import USUAL, CacheSensitivity
 from apreqel.solver.knapsack import Limit, Solution
 
-# A damage near those that people plan for, at which scales are taken.
-_TYPICAL_NATS = 0.02
 # Against F16 the best type below this part of its size is Q8_0, beyond which nothing is gained.
 _NEAR_LOSSLESS = 0.6
-
-# The KV cache's types are chosen beside the tensors' under this name, of K and V together
-# ("Q8_0/F16"): their bytes and their damage add up, but not their seconds.
-CACHES = "KV cache"
 
 
 @dataclass(frozen=True)
@@ -148,59 +141,6 @@ class Options:
             lambda data: f"{(data + outside) / 1e6:.1f} MB",
             (1e6, "1 MB more"),
         )
-
-    # -- the KV cache --
-
-    def with_caches(
-        self,
-        caches: CacheSensitivity,
-        k_bytes: float,
-        v_bytes: float,
-        rest_seconds: Callable[[Sequence[str], bool], float],
-    ) -> Options:
-        """The KV cache as one more choice; the bytes of its parts at F16 are given.
-
-        `rest_seconds` of (K, V) and whether a token is generated: `DeviceProfile.rest_seconds`.
-        """
-        old = self.timings
-        assert old is not None
-        k_nats, v_nats = (
-            {USUAL: 0.0} | {t: max(0.0, p.mean) for t, p in probes.items()}
-            for probes in (caches.k, caches.v)
-        )
-        pairs = [(k, v) for k in k_nats for v in v_nats]
-        # Weights' damages add up to something else than nats of a real run: bring these to theirs.
-        scale = _TYPICAL_NATS / self.damage.sum_for(_TYPICAL_NATS)
-        usual = lookup(USUAL).bits_per_weight
-        part = {t: lookup(t).bits_per_weight / usual for t in k_nats | v_nats}
-        resident = np.array([k_bytes * part[k] + v_bytes * part[v] for k, v in pairs])
-        decode, prefill = (
-            np.array([rest_seconds(p, is_decode) for p in pairs])
-            - rest_seconds(USUAL_CACHES, is_decode)
-            for is_decode in (True, False)
-        )
-        damage = np.array([(k_nats[k] + v_nats[v]) / scale for k, v in pairs])
-        timings = replace(
-            old,
-            decode=[*old.decode, decode],
-            prefill=[*old.prefill, prefill],
-            resident=[*old.resident, resident],
-        )
-        return replace(
-            self,
-            names=[*self.names, CACHES],
-            types=[*self.types, ["/".join(pair) for pair in pairs]],
-            sizes=[*self.sizes, np.zeros(len(pairs))],
-            damages=[*self.damages, damage],
-            timings=timings,
-            cache_scale=scale,
-        )
-
-    def without_caches(self) -> Options:
-        """The weights' choices alone."""
-        n = self.names.index(CACHES) if CACHES in self.names else len(self.names)
-        rows = {key: getattr(self, key)[:n] for key in ("names", "types", "sizes", "damages")}
-        return replace(self, **rows)
 
 
 def option_timings(

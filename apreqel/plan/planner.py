@@ -17,7 +17,8 @@ from apreqel.device.profile import DeviceProfile, Speed
 from apreqel.errors import UsageError
 from apreqel.model.inventory import Inventory
 from apreqel.model.qtypes import USUAL_CACHES
-from apreqel.plan.options import CACHES, Options, option_timings, padded_bytes
+from apreqel.plan.cache_types import CACHES, with_caches
+from apreqel.plan.options import Options, option_timings, padded_bytes
 from apreqel.plan.plan import encode_metadata, output_metadata
 from apreqel.plan.request import PlanRequest
 from apreqel.sensitivity.damage import DamageModel
@@ -118,7 +119,7 @@ class Planner:
                 inventory, decode=decode, n_context=n_context, n_prompt=n_prompt, caches=caches
             )
 
-        return options.with_caches(self.caches, *cache_bytes(self.inventory, self.n_ctx), rest)
+        return with_caches(options, self.caches, *cache_bytes(self.inventory, self.n_ctx), rest)
 
     def _types_of(self, name: str, profile: DeviceProfile | None) -> list[str]:
         """Types that a tensor may take, its own the last."""

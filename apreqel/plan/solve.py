@@ -16,7 +16,8 @@ import numpy as np
 from apreqel.arrays import Doubles
 from apreqel.device.memory import usable_context
 from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
-from apreqel.plan.options import CACHES, Options
+from apreqel.plan.cache_types import CACHES
+from apreqel.plan.options import Options
 from apreqel.plan.plan import Binding
 from apreqel.plan.planner import DEFAULT_PRESET, Planner
 from apreqel.plan.request import PlanRequest, require_priority

@@ -28,8 +28,8 @@ from apreqel.model.imatrix import Imatrix
 from apreqel.model.inventory import Inventory, Tensor, read_inventory
 from apreqel.model.qtypes import QuantType
 from apreqel.quantize import quantize_model
-from apreqel.sensitivity.calibration import TokenSet
 from apreqel.sensitivity.metrics import Comparison, Reference, compare
+from apreqel.sensitivity.texts import TokenSet
 from apreqel.workspace import Workspace
 
 # Logits of one decode are kept under this, whatever the vocabulary (262k tokens: 256 positions).

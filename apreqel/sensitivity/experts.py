@@ -18,9 +18,9 @@ from apreqel.estimates import Estimate
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.inventory import Inventory
-from apreqel.sensitivity.calibration import Text
 from apreqel.sensitivity.kv_cache import probe_tokens, settings_of
 from apreqel.sensitivity.metrics import Comparison, Reference, compare, estimate
+from apreqel.sensitivity.texts import Text
 from apreqel.workspace import Workspace
 
 EXPERTS_FILE = "experts.json"

@@ -36,9 +36,9 @@ from apreqel.sensitivity.bench import (
     scratch_copy,
     scratch_types,
 )
-from apreqel.sensitivity.calibration import fitting_set, probe_set
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.output_errors import is_slow, sample
+from apreqel.sensitivity.texts import fitting_set, probe_set
 
 # Added to all columns' second moments, as a part of their median: keeps weights of columns that are
 # hardly used from being moved far (GPTQ's percdamp; by the median, as single columns can be huge).

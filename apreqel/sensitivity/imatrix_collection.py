@@ -17,7 +17,7 @@ from apreqel.llama.engine import Context
 from apreqel.model.imatrix import Imatrix, ImatrixEntry
 from apreqel.model.inventory import Inventory
 from apreqel.progress import Progress, silent
-from apreqel.sensitivity.calibration import TokenSet
+from apreqel.sensitivity.texts import TokenSet
 
 
 class ImatrixCollector:

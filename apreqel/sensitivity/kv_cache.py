@@ -20,8 +20,8 @@ from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.qtypes import KV_TYPES, USUAL_CACHES, lookup
 from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated
-from apreqel.sensitivity.calibration import Text, TokenSet, split_for_calibration
 from apreqel.sensitivity.metrics import Reference, estimate
+from apreqel.sensitivity.texts import Text, TokenSet, split_for_calibration
 from apreqel.workspace import Workspace
 
 KV_FILE = "kv-cache.json"

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from apreqel.artifacts import FileMarks, Provenance, file_sha256
-from apreqel.errors import Interrupted, UsageError
+from apreqel.errors import Interrupted
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.imatrix import Imatrix, read_imatrix, write_imatrix
@@ -31,8 +31,8 @@ from apreqel.sensitivity.bench import (
     paging_note,
     scratch_copy,
 )
-from apreqel.sensitivity.calibration import Split, Text, TokenSet, split_for_calibration
 from apreqel.sensitivity.decisive import decisive_pairs
+from apreqel.sensitivity.effort import EFFORTS, Effort, rank
 from apreqel.sensitivity.imatrix_collection import ImatrixCollector, collect, n_matrices
 from apreqel.sensitivity.measurement import (
     IMATRIX_FILE,
@@ -44,6 +44,7 @@ from apreqel.sensitivity.measurement import (
     TensorSensitivity,
 )
 from apreqel.sensitivity.output_errors import OutputErrors, first_type
+from apreqel.sensitivity.texts import Split, Text, TokenSet, split_for_calibration
 from apreqel.workspace import Workspace
 
 _PROBES_PER_ROUND = 16
@@ -69,31 +70,6 @@ class ProbeSettings:
         wanted = asdict(self)
         del wanted["seed"]
         return split_for_calibration(model, texts, **wanted)
-
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to go on: chunks of text for a first probe, and further probes a tensor."""
-
-    name: str
-    first_chunks: int
-    further_per_tensor: float
-    kernel_types: int  # how many of `_KERNEL_TYPES` to measure
-    minutes: float | None = None  # stop then, whatever is left
-
-
-EFFORTS = {
-    "quick": Effort("quick", 4, 0.1, 0),
-    "normal": Effort("normal", 8, 1.25, 3),
-    "thorough": Effort("thorough", 16, 4.0, 3),
-}
-
-
-def effort_from(name: str, minutes: float | None = None) -> Effort:
-    """Raises UsageError."""
-    if name not in EFFORTS:
-        raise UsageError(f"--effort {name!r}: choose one of {', '.join(EFFORTS)}")
-    return replace(EFFORTS[name], minutes=minutes)
 
 
 def measure(
@@ -141,11 +117,7 @@ def _is_enough(found: Sensitivity, effort: Effort) -> bool:
         return False
     if effort.minutes is not None:
         return found.settled
-    return _rank(found.effort) >= _rank(effort.name)
-
-
-def _rank(effort: str) -> int:
-    return ["", *EFFORTS].index(effort)
+    return rank(found.effort) >= rank(effort.name)
 
 
 def resumable(space: Workspace, provenance: Provenance) -> Sensitivity | None:
@@ -179,7 +151,7 @@ class _Run:
             self.found.save(self.space.folder / SENSITIVITY_FILE)
 
     def finished(self) -> Sensitivity:
-        effort = max(self.found.effort, self._effort.name, key=_rank)
+        effort = max(self.found.effort, self._effort.name, key=rank)
         self.found = replace(self.found, effort=effort)
         self.keep(now=True)
         return self.found

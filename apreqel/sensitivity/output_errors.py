@@ -18,8 +18,8 @@ from apreqel.model.inventory import Inventory
 from apreqel.model.qtypes import QuantType, lookup, nearest, registry
 from apreqel.progress import Progress
 from apreqel.sensitivity.bench import ProbeBench, importance
-from apreqel.sensitivity.calibration import TokenSet
 from apreqel.sensitivity.measurement import TensorErrors
+from apreqel.sensitivity.texts import TokenSet
 
 # Large enough an effect to rise above the noise of a few hundred tokens, small enough to stay in
 # the range where tensors add up.

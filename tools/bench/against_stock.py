@@ -25,9 +25,9 @@ from apreqel.plan.make_plan import make_plan
 from apreqel.plan.plan import Plan
 from apreqel.plan.request import PlanRequest
 from apreqel.plan.solve import solve_request
-from apreqel.sensitivity.calibration import read_text, verification_set
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.sensitivity.metrics import estimate, ratio_interval
+from apreqel.sensitivity.texts import read_text, verification_set
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 

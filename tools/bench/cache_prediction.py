@@ -14,8 +14,9 @@ from pathlib import Path
 from statistics import median
 
 from apreqel.console.terminal import Reporter
-from apreqel.device.machine import default_threads, pinned
+from apreqel.device.machine import pinned
 from apreqel.device.real_runs import forget_pages
+from apreqel.device.threads import default_threads
 from apreqel.device.timing import measure_profile
 from apreqel.llama import engine
 from apreqel.model.inventory import read_inventory

@@ -15,13 +15,13 @@ from pathlib import Path
 
 from apreqel import pipeline
 from apreqel.console.terminal import Reporter
-from apreqel.device import store
+from apreqel.device.profiling import profile_of
 from apreqel.evaluate import verify
 from apreqel.evaluate.presets import build_preset
 from apreqel.evaluate.real_files import FileBench
 from apreqel.plan.request import PlanRequest, parse_workload
-from apreqel.sensitivity import calibration
 from apreqel.sensitivity.measurement import require_probed_model
+from apreqel.sensitivity.texts import read_text
 
 PRESETS = ["Q3_K_M", "Q4_K_S", "Q4_K_M", "Q5_K_M", "Q6_K"]
 
@@ -42,7 +42,7 @@ def main() -> None:
     with pipeline.open_workspace(
         args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
     ) as space:
-        probed, profile = require_probed_model(space), store.profile_of(space)
+        probed, profile = require_probed_model(space), profile_of(space)
         for preset in args.presets:
             stock = build_preset(space, preset, probed.imatrix)
             types = probed.stock_types(preset)
@@ -82,7 +82,7 @@ def main() -> None:
             report = verify.verify(
                 space,
                 {**files, "stock": stock},
-                text=calibration.read_text(args.text),
+                text=read_text(args.text),
                 settings=verify.VerifySettings(
                     n_scored=args.tokens, repetitions=args.repetitions, n_prompt=512
                 ),

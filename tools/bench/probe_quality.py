@@ -21,12 +21,11 @@ from apreqel.console.terminal import Reporter
 from apreqel.device.real_runs import time_file
 from apreqel.llama import engine
 from apreqel.model.qtypes import lookup
-from apreqel.sensitivity import calibration
 from apreqel.sensitivity.bench import opened_bench, scratch_copy
-from apreqel.sensitivity.calibration import TokenSet
 from apreqel.sensitivity.damage import DamageModel
 from apreqel.sensitivity.measure import ProbeSettings
 from apreqel.sensitivity.measurement import require_probed_model
+from apreqel.sensitivity.texts import TokenSet, bundled_texts, chunks_of, read_text, spread
 
 
 def main() -> None:
@@ -57,10 +56,10 @@ def main() -> None:
             scratch_copy(space) as scratch,
             engine.LoadedModel(scratch, patchable=True) as model,
         ):
-            tokens = ProbeSettings().split(model, calibration.bundled_texts()).probe
+            tokens = ProbeSettings().split(model, bundled_texts()).probe
             if args.text is not None:
-                chunks = calibration.chunks_of(model, [calibration.read_text(args.text)], 64)
-                chunks = chunks[calibration.spread(len(chunks), 32)]
+                chunks = chunks_of(model, [read_text(args.text)], 64)
+                chunks = chunks[spread(len(chunks), 32)]
                 tokens = TokenSet.scored_from(4, args.text.name, chunks)
             with opened_bench(space, scratch, model, tokens, probed.imatrix) as bench:
                 reference = bench.reference(tokens, scratch.parent)

@@ -16,9 +16,9 @@ from statistics import median
 
 from apreqel import quantize
 from apreqel.console.terminal import Reporter
-from apreqel.device.machine import default_threads
 from apreqel.device.real_runs import RealRun
 from apreqel.device.shapes import timed_types
+from apreqel.device.threads import default_threads
 from apreqel.device.timing import measure_profile
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup

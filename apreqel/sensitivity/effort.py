@@ -1,0 +1,37 @@
+"""How much to probe: how many probes a tensor, on how much text, and for how long."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from apreqel.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long to go on: chunks of text for a first probe, and further probes a tensor."""
+
+    name: str
+    first_chunks: int
+    further_per_tensor: float
+    kernel_types: int  # how many of `_KERNEL_TYPES` to measure
+    minutes: float | None = None  # stop then, whatever is left
+
+
+EFFORTS = {
+    "quick": Effort("quick", 4, 0.1, 0),
+    "normal": Effort("normal", 8, 1.25, 3),
+    "thorough": Effort("thorough", 16, 4.0, 3),
+}
+
+
+def effort_from(name: str, minutes: float | None = None) -> Effort:
+    """Raises UsageError."""
+    if name not in EFFORTS:
+        raise UsageError(f"--effort {name!r}: choose one of {', '.join(EFFORTS)}")
+    return replace(EFFORTS[name], minutes=minutes)
+
+
+def rank(name: str) -> int:
+    """Greater for more effort; least for '', where nothing was done yet."""
+    return ["", *EFFORTS].index(name)
