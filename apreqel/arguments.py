@@ -39,9 +39,7 @@ WISHES: dict[str, Any] = {
     "effort": Option(help="Of probing, where it is not done: quick, normal, thorough."),
     "minutes": Option(min=0.1, help="Stop probing after this, whatever is left."),
     "metric": Option(help="How damage to the model's predictions is measured: kld or perplexity."),
-    "feedback": Option(
-        "--feedback", help="Move weights against rounding (GPTQ): closer, takes longer."
-    ),
+    "gptq": Option("--gptq", help="Compensate weights for rounding (GPTQ): closer, takes longer."),
     "unchecked": Option(
         "--unchecked", help="Do not measure the plan and its rivals as real files."
     ),

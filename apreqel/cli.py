@@ -261,7 +261,7 @@ def compare(
 
 
 @app.command()
-@arg.asking(*arg.LIMITS, "device", "feedback", "effort", "minutes")
+@arg.asking(*arg.LIMITS, "device", "gptq", "effort", "minutes")
 def auto(
     model: arg.Model,
     wishes: Wishes,

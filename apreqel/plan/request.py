@@ -130,7 +130,7 @@ def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
         weights=parse_weights(wishes.weights) if wishes.weights else {},
         max_type_changes=wishes.max_type_changes,
         experts_used=wishes.experts,
-        gptq=wishes.feedback,
+        gptq=wishes.gptq,
         constraints=replace(constraints, pins=[*copied, *constraints.pins]),
     )
 

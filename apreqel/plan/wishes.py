@@ -38,6 +38,6 @@ class Wishes:
     effort: str = "normal"
     minutes: float | None = None
     metric: str = "kld"
-    feedback: bool = False
+    gptq: bool = False
     unchecked: bool = False
     refine: bool | None = None
