@@ -27,7 +27,7 @@ ROOMS: dict[str, list[str]] = {
     "llama": [
         "library",
         "quants",
-        "listening",
+        "activations",
         "engine",
         "footprint",
         "stock",
@@ -58,7 +58,7 @@ ROOMS: dict[str, list[str]] = {
         "output_errors",
         "damage",
         "effort",
-        "decisive",
+        "next_probes",
         "measure",
         "report",
         "gptq",

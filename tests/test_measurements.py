@@ -582,7 +582,7 @@ def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: 
     prefill = sum(2 * 16 / speed.prefill for speed in speeds)
     decode = sum(2 * 32 / speed.decode for speed in speeds)
     assert len(speeds) == 3 and prefill + decode < 1.5 * seconds
-    assert prefill > 3e-5 * seconds and decode > 3e-5 * seconds
+    assert prefill > 1e-4 * seconds and decode > 1e-3 * seconds
     # The same perplexity and divergence, computed plainly.
     nll, kld, same = [], [], []
     with engine.LoadedModel(llama_model) as a, engine.LoadedModel(files["Q4_0"]) as b:

@@ -337,9 +337,16 @@ def test_an_explanation_holds_when_tried(inventory: Inventory) -> None:
     assert min(row.regret for row in rows) == 0
     probed = [row.type_name for row in rows if row.is_probed and row.type_name != "F16"]
     assert probed == ["Q3_K"]
-    # Where a tensor is said to change at a lower price of bytes, more room makes it change.
     closest = explain.closest_choices(found, 100)
     assert [e.regret for e in closest] == sorted(e.regret for e in closest)
+    # At the price that is named, both types cost the same.
+    for e in closest:
+        i = list(found.options.names).index(e.tensor)
+        one, other = (found.options.types[i].index(t) for t in (e.chosen, e.other))
+        damages, sizes = found.options.damages[i], found.options.sizes[i]
+        even = (damages[one] - damages[other]) / (sizes[other] - sizes[one])
+        assert e.at_price == pytest.approx(max(0.0, even / found.solution.prices[0])), e
+    # Where a tensor is said to change at a lower price of bytes, more room makes it change.
     larger = solved(inventory, replace(request, max_size_bytes=1_700_000))
     ratio = larger.solution.prices[0] / found.solution.prices[0]
     tried, changed = 0, larger.options.types_of(larger.solution)

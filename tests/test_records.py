@@ -14,13 +14,19 @@ import models
 import numpy as np
 import pytest
 from gguf import GGUFWriter
-from support import SHA
 
 from apreqel import artifacts, workspace
 from apreqel.artifacts import Provenance, Record, from_json, plain
 from apreqel.errors import ArtifactError, LockedError, UnsupportedModelError, UsageError
 from apreqel.model.inventory import DEMO
 from apreqel.workspace import opened
+
+SHA = "0" * 64
+
+
+@pytest.fixture(autouse=True)
+def schema_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(artifacts.SCHEMA_VERSIONS, "experiment", 7)
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Measured(Record):
-    KIND = "measured-files"
+    KIND = "experiment"
 
     count: int
     is_whole: bool
@@ -96,8 +102,8 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path) -> None:
     assert type(found.shape) is tuple and found.parts[1].first is None
     # The file is the documented one, with every field under its own name.
     document = json.loads(path.read_text())
-    assert document["kind"] == "apreqel trials"
-    assert document["schema_version"] == artifacts.SCHEMA_VERSIONS["measured-files"]
+    assert document["kind"] == "apreqel experiment"
+    assert document["schema_version"] == 7
     assert document["provenance"]["seed"] == 3
     assert set(document["data"]) == {f.name for f in fields(Measured)} - {"provenance"}
     assert document["data"]["parts"][0]["readings"]["Q8_0"] == {
@@ -174,7 +180,7 @@ def test_a_damaged_field_is_named(
     with pytest.raises(ArtifactError) as caught:
         Measured.load(path)
     message = str(caught.value)
-    assert message.startswith(f"{path}: trials is damaged (") and message.endswith("delete it")
+    assert message.startswith(f"{path}: experiment is damaged (") and message.endswith("delete it")
     assert named in message
 
 
@@ -182,29 +188,29 @@ def test_an_interval_of_three_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "r.json"
     measured().save(path)
     damaged(path, ["parts", 0, "first"], interval=[1.0, 2.0, 3.0])
-    with pytest.raises(ArtifactError, match="trials is damaged"):
+    with pytest.raises(ArtifactError, match="experiment is damaged"):
         Measured.load(path)
 
 
 def test_another_files_record_is_refused(tmp_path: Path) -> None:
     path, other = tmp_path / "r.json", "1" * 64
-    with pytest.raises(ArtifactError, match="no such trials file"):
+    with pytest.raises(ArtifactError, match="no such experiment file"):
         Measured.load(path)
     measured().save(path)
     with pytest.raises(ArtifactError, match="made for the model with SHA-256 000000000000, this"):
         Measured.load(path, other)
     good = json.loads(path.read_text())
     for change, message in (
-        ({"kind": "apreqel plan"}, "field kind is 'apreqel plan', expected 'apreqel trials'"),
-        ({"schema_version": 0}, "schema_version 0; this apreqel reads 1"),
+        ({"kind": "apreqel plan"}, "field kind is 'apreqel plan', expected 'apreqel experiment'"),
+        ({"schema_version": 0}, "schema_version 0; this apreqel reads 7"),
         ({"provenance": {"seed": 1}}, "provenance or data is damaged .*model_sha256"),
-        ({"data": [1]}, "trials is damaged"),
+        ({"data": [1]}, "experiment is damaged"),
     ):
         path.write_text(json.dumps(good | change))
         with pytest.raises(ArtifactError, match=message):
             Measured.load(path)
     path.write_text("{")
-    with pytest.raises(ArtifactError, match="not a readable trials file"):
+    with pytest.raises(ArtifactError, match="not a readable experiment file"):
         Measured.load(path)
 
 

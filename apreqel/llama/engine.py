@@ -16,8 +16,8 @@ import numpy as np
 
 from apreqel.arrays import Floats, Tokens
 from apreqel.errors import EngineError, UnsupportedModelError
+from apreqel.llama.activations import Listener, show_node
 from apreqel.llama.library import c_call, gpu_name, library, reason
-from apreqel.llama.listening import Listener, show_node
 from apreqel.model.qtypes import QuantType
 
 _ALL_LAYERS = 999
@@ -211,7 +211,7 @@ class Context(AbstractContextManager["Context"]):
             c.llama_sampler_chain_add(chain, sampler)
         try:
             sample = partial(c.llama_sampler_sample, chain, self._context, -1)
-            return min(timeit.repeat(sample, number=1, repeat=repetitions))
+            return min(timeit.repeat(sample, timer=time.perf_counter, number=1, repeat=repetitions))
         finally:
             c.llama_sampler_free(chain)
 

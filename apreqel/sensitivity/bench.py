@@ -21,8 +21,8 @@ from apreqel.arrays import Bytes, Floats, Reals, Whole
 from apreqel.artifacts import require_space
 from apreqel.device.machine import detect
 from apreqel.errors import EngineError, ModelFileError
+from apreqel.llama.activations import Listener
 from apreqel.llama.engine import Context, LoadedModel
-from apreqel.llama.listening import Listener
 from apreqel.llama.quants import fake_quantize, read_values
 from apreqel.model.imatrix import Imatrix
 from apreqel.model.inventory import Inventory, Tensor, read_inventory

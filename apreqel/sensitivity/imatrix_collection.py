@@ -21,7 +21,7 @@ from apreqel.sensitivity.texts import TokenSet
 
 
 class ImatrixCollector:
-    """A listener (see `listening.Listener`) that adds up squared activations."""
+    """A listener (see `activations.Listener`) that adds up squared activations."""
 
     def __init__(self, n_matrices: Mapping[str, int]) -> None:
         self._n_matrices = n_matrices

@@ -2,7 +2,7 @@
 
 Damage is KL divergence from the unquantised model, in nats per token. Each tensor is probed in one
 type first; then (tensor, type) pairs are probed, or probed on more text, where what is not known
-about them could change plans (`decisive`). The run returns a frozen record, saved as it goes.
+about them could change plans (`next_probes`). The run returns a frozen record, saved as it goes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ from apreqel.sensitivity.bench import (
     paging_note,
     scratch_copy,
 )
-from apreqel.sensitivity.decisive import decisive_pairs
 from apreqel.sensitivity.effort import EFFORTS, Effort, rank
 from apreqel.sensitivity.imatrix_collection import ImatrixCollector, collect, n_matrices
 from apreqel.sensitivity.measurement import (
@@ -43,6 +42,7 @@ from apreqel.sensitivity.measurement import (
     Sensitivity,
     TensorSensitivity,
 )
+from apreqel.sensitivity.next_probes import decisive_pairs
 from apreqel.sensitivity.output_errors import OutputErrors, first_type
 from apreqel.sensitivity.texts import Split, Text, TokenSet, split_for_calibration
 from apreqel.workspace import Workspace

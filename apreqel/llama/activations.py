@@ -1,4 +1,4 @@
-"""What llama.cpp computes, shown to a listener: the matrix products of weights, and hidden states.
+"""Activations, shown to a listener as llama.cpp computes: inputs of weights, and hidden states.
 
 Read out of ggml's own tensors while a graph is evaluated, after each node that was asked for.
 """
