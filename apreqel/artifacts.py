@@ -80,9 +80,18 @@ class Record:
         write_atomically(path, text.encode())
 
     @classmethod
+    def check_output(cls, path: Path) -> None:
+        """Raise OutputError where `path` is there and no file of this kind, which alone may go."""
+        start = f'{{\n "kind": "apreqel {cls.KIND}"'.encode()
+        if path.exists() and not (path.is_file() and _starts_with(path, start)):
+            raise OutputError(f"{path}: exists and is no {cls.KIND} file; choose another output")
+
+    @classmethod
     def load(cls, path: Path, model_sha256: str | None = None) -> Self:
         """Read it back. Raises ArtifactError; `model_sha256` refuses another model's."""
         kind = cls.KIND
+        if path.is_file() and _starts_with(path, b"GGUF"):
+            raise ArtifactError(f"{path}: is a GGUF model, expected a {kind} file")
         try:
             document = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -123,6 +132,15 @@ class Record:
         found = cls.load(path, provenance.model_sha256)
         same = replace(found.provenance, apreqel_version=provenance.apreqel_version) == provenance
         return found if same else None
+
+
+def _starts_with(path: Path, start: bytes) -> bool:
+    """Raises ArtifactError."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(len(start)) == start
+    except OSError as error:
+        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
 
 
 def plain(value: Any) -> Any:

@@ -69,8 +69,11 @@ def profile(
     """
     from apreqel.console import profile as view
     from apreqel.device import store
+    from apreqel.device.profile import DeviceProfile
     from apreqel.device.profiling import profile_model
 
+    if export_to is not None:
+        DeviceProfile.check_output(export_to)
     word = model if model in ("list", "show") and not Path(model).exists() else None
     if import_from is not None or word == "list":
         found = [store.import_profile(import_from)] if import_from else store.list_profiles()
@@ -130,6 +133,7 @@ def plan(
     from apreqel import pipeline
     from apreqel.console import plan as view
     from apreqel.device.profiling import profile_for
+    from apreqel.plan.plan import Plan
     from apreqel.plan.request import request_of, require_compatible
     from apreqel.sensitivity.effort import effort_from
     from apreqel.sensitivity.measurement import probed_model
@@ -138,6 +142,8 @@ def plan(
     found: tuple[Any, ...]
     effort, check = effort_from(wishes.effort, wishes.minutes), not wishes.unchecked
     require_compatible(wishes)
+    if output is not None:
+        Plan.check_output(output)
     metric, refine = wishes.metric, wishes.refine
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = request_of(wishes, space.inventory)
@@ -253,7 +259,7 @@ def compare(
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         report = compare_strategies(
             space,
-            size_from(max_size or "Q4_K_M", space.inventory),
+            size_from("Q4_K_M" if max_size is None else max_size, space.inventory),
             text=_verify_text(verify_text),
             settings=VerifySettings(n_scored=tokens, with_speed=not no_speed),
         )

@@ -174,7 +174,8 @@ def _refined(planner: Planner, made: Plan, bench: FileBench, *, asked: bool) -> 
 
 
 def _write_plan(made: Plan, path: Path, inventory: Inventory) -> None:
-    """The plan and its type map for other tools."""
+    """The plan and its type map for other tools. Raises OutputError."""
+    made.check_output(path)
     made.save(path)
     for suffix, text in (
         (".tensor-types.txt", recipes.tensor_type_lines(made.types, inventory)),

@@ -248,3 +248,34 @@ def test_wishes_that_contradict_each_other(llama_model: Path) -> None:
         (["--metric", "perplexity", "--max-kld", "0.1"], "--max-kld limits KL divergence"),
     ):
         expect(2, message, "plan", llama_model, *options)
+
+
+def test_no_limit_is_beyond_all_numbers(llama_model: Path, tmp_path: Path) -> None:
+    for option in ("--max-kld", "--target-bpw", "--min-decode-tps", "--min-prefill-tps"):
+        for value in ("inf", "nan", "1e300"):
+            expect(2, option, "plan", llama_model, "--workdir", tmp_path, option, value)
+
+
+def test_an_empty_option_is_no_limit_left_out(llama_model: Path, tmp_path: Path) -> None:
+    for option in (
+        "--max-size",
+        "--max-ram",
+        "--max-degradation",
+        "--weights",
+        "--only-types",
+        "--exclude-types",
+    ):
+        expect(2, f"{option} '': ", "plan", llama_model, "--workdir", tmp_path, option, "")
+
+
+def test_a_plan_replaces_only_plans(llama_model: Path, tmp_path: Path) -> None:
+    notes, model = tmp_path / "notes.txt", tmp_path / "model.gguf"
+    notes.write_text("mine")
+    model.write_bytes(llama_model.read_bytes())
+    for path in (notes, model):
+        before = path.read_bytes()
+        expect(7, "exists and is no plan file", "plan", llama_model, "-o", path)
+        expect(7, "exists and is no device-profile file", "profile", "--export", path)
+        assert path.read_bytes() == before
+    expect(10, "is a GGUF model, expected a plan file", "quantize", model)
+    assert model.exists()

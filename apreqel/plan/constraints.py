@@ -60,8 +60,12 @@ def parse_constraints(pins: Sequence[str], only: str | None, exclude: str | None
         if not equals or not pattern:
             raise UsageError(f"--pin {printable(pin)}: give pattern=TYPE, as in 'blk.0.*=Q8_0'")
         pairs.append((pattern, lookup(type_name).name))
-    lists = (
-        [lookup(part.strip()).name for part in (text or "").split(",") if part.strip()]
-        for text in (only, exclude)
-    )
+    lists = _types("--only-types", only), _types("--exclude-types", exclude)
     return Constraints(pairs, *lists)
+
+
+def _types(option: str, text: str | None) -> list[str]:
+    names = [lookup(part.strip()).name for part in (text or "").split(",") if part.strip()]
+    if text is not None and not names:
+        raise UsageError(f"{option} {text!r}: name at least one type, as in Q4_0,Q8_0")
+    return names

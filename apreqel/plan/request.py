@@ -21,6 +21,9 @@ from apreqel.plan.wishes import Wishes
 from apreqel.sensitivity.experts import require_count
 from apreqel.sensitivity.measurement import METRICS
 
+# Of tokens/s, nats and bits alike: more stands for a slip.
+_MOST = 1e9
+
 PRIORITIES = ("memory", "latency", "accuracy", "balanced")
 
 
@@ -103,17 +106,25 @@ def require_compatible(wishes: Wishes) -> None:
 def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
     """What the wishes mean for this model. Raises UsageError, UnsupportedModelError."""
     require_priority(wishes.prefer)
+    for option, value in (
+        ("--target-bpw", wishes.target_bpw),
+        ("--max-kld", wishes.max_kld),
+        ("--min-decode-tps", wishes.min_decode),
+        ("--min-prefill-tps", wishes.min_prefill),
+    ):
+        if value is not None and not value <= _MOST:  # as nan is not, either
+            raise UsageError(f"{option} {value}: give a number up to {_MOST:g}, or leave it out")
     if wishes.experts is not None:
         require_count(inventory, wishes.experts)
     constraints = parse_constraints(wishes.pin or [], wishes.only_types, wishes.exclude_types)
     copied = copied_pins(inventory, wishes.like, wishes.recipe)
     size = any_size(inventory) if copied else None
-    if wishes.max_size:
+    if wishes.max_size is not None:
         size = size_from(wishes.max_size, inventory)
     klds = [] if wishes.max_kld is None else [wishes.max_kld]
-    if wishes.max_degradation:
+    if wishes.max_degradation is not None:
         klds.append(parse_degradation(wishes.max_degradation))
-    rams = [parse_size(wishes.max_ram, "--max-ram")] if wishes.max_ram else []
+    rams = [parse_size(wishes.max_ram, "--max-ram")] if wishes.max_ram is not None else []
     if wishes.fit:  # all that is free here now, less a tenth for what else happens
         rams.append(int(0.9 * detect().available_bytes))
     return PlanRequest(
@@ -127,7 +138,7 @@ def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
         min_decode_tps=wishes.min_decode,
         min_prefill_tps=wishes.min_prefill,
         workload=parse_workload(wishes.workload),
-        weights=parse_weights(wishes.weights) if wishes.weights else {},
+        weights={} if wishes.weights is None else parse_weights(wishes.weights),
         max_type_changes=wishes.max_type_changes,
         experts_used=wishes.experts,
         gptq=wishes.gptq,
