@@ -147,8 +147,8 @@ def plan(
     metric, refine = wishes.metric, wishes.refine
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = request_of(wishes, space.inventory)
-        probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
         profile = profile_for(space, wishes.device, needed=request.needs_profile)
+        probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
         asked = probed, request, profile
         if wishes.front:
             show, found = view.show_front, (pipeline.front(*asked, metric),)

@@ -170,6 +170,8 @@ def check_output(inventory: Inventory, output: Path, force: bool) -> None:
             raise OutputError(f"{output}: is the input {source}; choose another output")
     if output.is_dir():
         raise OutputError(f"{output}: is a folder; give a file name")
+    if output.exists() and not output.is_file():
+        raise OutputError(f"{output}: is a device or a pipe; give a file name")
     if (output.exists() or output.is_symlink()) and not force:
         raise OutputError(f"{output}: exists; use --force to replace it, or choose another output")
 

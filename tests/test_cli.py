@@ -279,3 +279,21 @@ def test_a_plan_replaces_only_plans(llama_model: Path, tmp_path: Path) -> None:
         assert path.read_bytes() == before
     expect(10, "is a GGUF model, expected a plan file", "quantize", model)
     assert model.exists()
+
+
+def test_slips_are_told_before_hours_of_probing(llama_model: Path, tmp_path: Path) -> None:
+    for option, value, message in (
+        ("--pin", "attn_v=Q8_0", "--pin attn_v: matches no tensor"),
+        ("--device", "nosuch", "device 'nosuch': no such profile"),
+    ):
+        expect(2, message, "plan", llama_model, "--workdir", tmp_path, option, value)
+    assert not (tmp_path / "sensitivity.json").exists()
+
+
+def test_names_in_a_model_reach_no_terminal_as_commands(llama_model: Path, tmp_path: Path) -> None:
+    hostile = tmp_path / "hostile.gguf"
+    length = (5).to_bytes(8, "little")
+    content = llama_model.read_bytes()
+    hostile.write_bytes(content.replace(length + b"llama", length + b"\x1b[31m", 1))
+    shown = apreqel("inspect", hostile).stdout
+    assert r"\x1b[31m" in shown and "\x1b" not in shown

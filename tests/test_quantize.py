@@ -182,6 +182,9 @@ def test_output_that_exists_or_is_the_input(llama_model: Path, tmp_path: Path) -
     quantize.quantize_model(inventory, types, there, force=True)
     assert read_inventory(there).by_name["output.weight"].qtype.name == "Q8_0"
     expect_refused(OutputError, "is a folder", inventory, types, tmp_path)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    expect_refused(OutputError, "is a device or a pipe", inventory, types, pipe, force=True)
 
 
 def test_quantised_source_is_refused(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from apreqel.artifacts import plain
+from apreqel.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -81,7 +82,8 @@ def write(*parts: str | Table) -> None:
     # A pipe or a log has no width: tables are not cut there, and text is never broken up.
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     with console.capture() as text:
-        console.print(*parts, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
+        safe = (_safe(part) if isinstance(part, str) else part for part in parts)
+        console.print(*safe, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
     _put(text.get(), sys.stdout)
 
 
@@ -95,8 +97,13 @@ def table(*columns: str, rows: Iterable[Sequence[str]]) -> Table:
         left = i == 0 or not column or column == "remarks"
         made.add_column(column, justify="left" if left else "right", overflow="fold")
     for row in rows:
-        made.add_row(*row)
+        made.add_row(*map(_safe, row))
     return made
+
+
+def _safe(text: str) -> str:
+    """Names come from files that may hold anything: control characters are escaped."""
+    return "\n".join(printable(line, sys.maxsize) for line in text.split("\n"))
 
 
 def _put(text: str, stream: TextIO) -> None:

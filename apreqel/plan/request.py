@@ -117,6 +117,7 @@ def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
     if wishes.experts is not None:
         require_count(inventory, wishes.experts)
     constraints = parse_constraints(wishes.pin or [], wishes.only_types, wishes.exclude_types)
+    constraints.check(inventory)
     copied = copied_pins(inventory, wishes.like, wishes.recipe)
     size = any_size(inventory) if copied else None
     if wishes.max_size is not None:
