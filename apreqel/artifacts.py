@@ -21,7 +21,7 @@ from types import UnionType
 from typing import TYPE_CHECKING, Any, ClassVar, get_args, get_origin, get_type_hints
 
 from apreqel import __version__
-from apreqel.errors import ArtifactError, LockedError, OutputError, printable
+from apreqel.errors import ArtifactError, LockedError, ModelFileError, OutputError, printable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -303,10 +303,14 @@ def lock(path: Path, *, remove: bool = False) -> Iterator[int]:
 
 
 def file_sha256(path: Path) -> str:
+    """Raises ModelFileError."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
+    try:
+        with open(path, "rb") as file:
+            while block := file.read(_HASH_BLOCK_BYTES):
+                digest.update(block)
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read: {error.strerror}") from error
     return digest.hexdigest()
 
 

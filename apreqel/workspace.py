@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apreqel import artifacts
-from apreqel.errors import UsageError
+from apreqel.errors import OutputError, UsageError
 from apreqel.model.inventory import (
     DEMO,
     Inventory,
@@ -20,6 +20,8 @@ from apreqel.model.inventory import (
     require_float_source,
 )
 from apreqel.progress import Progress, silent
+
+IMATRIX_FILE = "imatrix.gguf"
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,11 @@ def opened(
         raise UsageError(f"{model}: holds no tensor that can be quantised")
     beside = Path.cwd() if name == DEMO else model.parent
     folder = folder or beside / f"{model.name}.apreqel"
+    known, imatrix = folder / "model-hash.json", folder / IMATRIX_FILE
+    if imatrix.exists() and not known.exists():
+        raise OutputError(f"{imatrix}: is not apreqel's, and would be lost; use another --workdir")
     with artifacts.lock(folder / ".lock"):
-        sha256 = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
+        sha256 = artifacts.model_sha256(inventory.files, known)
         yield Workspace(
             inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
         )

@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import models
+import pytest
 from support import COMMAND, apreqel, expect, uniform
 
 from apreqel import errors
@@ -297,3 +298,22 @@ def test_names_in_a_model_reach_no_terminal_as_commands(llama_model: Path, tmp_p
     hostile.write_bytes(content.replace(length + b"llama", length + b"\x1b[31m", 1))
     shown = apreqel("inspect", hostile).stdout
     assert r"\x1b[31m" in shown and "\x1b" not in shown
+
+
+def test_an_imatrix_of_another_tool_is_kept(llama_model: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "imatrix.gguf"
+    theirs.write_bytes(b"GGUF days of work of another tool")
+    expect(7, "is not apreqel's", "probe", llama_model, "--workdir", tmp_path)
+    assert os.listdir(tmp_path) == ["imatrix.gguf"]
+    missing = tmp_path / "none.gguf"
+    work = tmp_path / "w"
+    expect(3, f"{missing}: ", "probe", llama_model, "--workdir", work, "--imatrix", missing)
+
+
+def test_a_full_disk_behind_stdout_is_told(rows_576_model: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*COMMAND, "inspect", rows_576_model], stdout=full, stderr=-1)
+    assert done.returncode == 7
+    assert done.stderr.startswith(b"apreqel: <stdout>: No space left on device")

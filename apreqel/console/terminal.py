@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import io
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from apreqel.artifacts import plain
+from apreqel.artifacts import output_error, plain
 from apreqel.errors import printable
 
 if TYPE_CHECKING:
@@ -80,11 +81,11 @@ def write(*parts: str | Table) -> None:
     from rich.console import Console
 
     # A pipe or a log has no width: tables are not cut there, and text is never broken up.
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
-    with console.capture() as text:
-        safe = (_safe(part) if isinstance(part, str) else part for part in parts)
-        console.print(*safe, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
-    _put(text.get(), sys.stdout)
+    live, text = sys.stdout.isatty(), io.StringIO()
+    console = Console(file=text, force_terminal=live, highlight=False, width=None if live else 160)
+    safe = (_safe(part) if isinstance(part, str) else part for part in parts)
+    console.print(*safe, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
+    _put(text.getvalue(), sys.stdout)
 
 
 def table(*columns: str, rows: Iterable[Sequence[str]]) -> Table:
@@ -107,14 +108,19 @@ def _safe(text: str) -> str:
 
 
 def _put(text: str, stream: TextIO) -> None:
-    """Write at once; where nobody reads any more (`| head -1`), end the command without a word."""
+    """Write at once; where nobody reads any more (`| head -1`), end the command without a word.
+
+    Raises OutputError where it cannot be written.
+    """
     try:
         stream.write(text)
         stream.flush()
-    except BrokenPipeError:
+    except OSError as error:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())  # Python flushes what is left when it ends
-        sys.exit(READER_GONE)
+        if isinstance(error, BrokenPipeError):
+            sys.exit(READER_GONE)
+        raise output_error(stream.name, error) from error
 
 
 # --- values --------------------------------------------------------------------------------------

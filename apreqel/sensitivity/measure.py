@@ -34,7 +34,6 @@ from apreqel.sensitivity.bench import (
 from apreqel.sensitivity.effort import EFFORTS, Effort, rank
 from apreqel.sensitivity.imatrix_collection import ImatrixCollector, collect, n_matrices
 from apreqel.sensitivity.measurement import (
-    IMATRIX_FILE,
     SENSITIVITY_FILE,
     KernelLoss,
     Probe,
@@ -45,7 +44,7 @@ from apreqel.sensitivity.measurement import (
 from apreqel.sensitivity.next_probes import decisive_pairs
 from apreqel.sensitivity.output_errors import OutputErrors, first_type
 from apreqel.sensitivity.texts import Split, Text, TokenSet, split_for_calibration
-from apreqel.workspace import Workspace
+from apreqel.workspace import IMATRIX_FILE, Workspace
 
 _PROBES_PER_ROUND = 16
 _SAVE_EVERY_SECONDS = 10.0

@@ -22,9 +22,9 @@ from apreqel.estimates import Estimate
 from apreqel.llama.stock import stock_types
 from apreqel.model.imatrix import Coverage, Imatrix, read_imatrix
 from apreqel.model.inventory import Inventory
-from apreqel.workspace import Workspace
+from apreqel.workspace import IMATRIX_FILE, Workspace
 
-SENSITIVITY_FILE, IMATRIX_FILE = "sensitivity.json", "imatrix.gguf"
+SENSITIVITY_FILE = "sensitivity.json"
 
 METRICS = ("kld", "perplexity")
 
