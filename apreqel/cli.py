@@ -20,6 +20,7 @@ from apreqel.errors import ApreqelError, Interrupted, UsageError
 from apreqel.plan.wishes import Wishes
 
 if TYPE_CHECKING:
+    from apreqel.evaluate.verify import VerifySettings
     from apreqel.plan.plan import Plan
     from apreqel.sensitivity.texts import Text
     from apreqel.workspace import Workspace
@@ -253,7 +254,6 @@ def compare(
     """Other ways to choose types at the same size: uniform, stock, by error, by score, ours."""
     from apreqel.console import verify as view
     from apreqel.evaluate.strategies import compare_strategies
-    from apreqel.evaluate.verify import VerifySettings
     from apreqel.plan.request import size_from
 
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
@@ -261,7 +261,7 @@ def compare(
             space,
             size_from("Q4_K_M" if max_size is None else max_size, space.inventory),
             text=_verify_text(verify_text),
-            settings=VerifySettings(n_scored=tokens, with_speed=not no_speed),
+            settings=_settings(space, tokens, with_speed=not no_speed),
         )
     answer(json, view.show, report)
 
@@ -286,13 +286,12 @@ def auto(
     """Profile, probe, plan, quantise and verify, running only what is missing or stale."""
     from apreqel import pipeline
     from apreqel.console import verify as view
-    from apreqel.evaluate.verify import VerifySettings
     from apreqel.plan.request import request_of
     from apreqel.sensitivity.effort import effort_from
 
-    presets, settings = ["Q4_K_M"] if against is None else against, VerifySettings(n_scored=tokens)
+    presets = ["Q4_K_M"] if against is None else against
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
-        trial = pipeline.Trial(_verify_text(verify_text), presets, settings)
+        trial = pipeline.Trial(_verify_text(verify_text), presets, _settings(space, tokens))
         result = pipeline.auto(
             space,
             request_of(wishes, space.inventory),
@@ -333,6 +332,14 @@ def _verify_text(path: Path | None) -> Text:
     from apreqel.sensitivity.texts import heldout_text, read_text
 
     return read_text(path) if path else heldout_text()
+
+
+def _settings(space: Workspace, tokens: int, with_speed: bool = True) -> VerifySettings:
+    """For commands that leave the context to us: no more than the model was trained for."""
+    from apreqel.evaluate.verify import VerifySettings
+
+    n_ctx = min(VerifySettings.n_ctx, space.inventory.context_length or VerifySettings.n_ctx)
+    return VerifySettings(n_ctx=n_ctx, n_scored=tokens, with_speed=with_speed)
 
 
 def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | None, str]:

@@ -14,8 +14,9 @@ import models
 import pytest
 from support import COMMAND, apreqel, expect, uniform
 
-from apreqel import errors
+from apreqel import cli, errors
 from apreqel.model.inventory import read_inventory
+from apreqel.workspace import Workspace
 
 README = Path(__file__).parent.parent / "README.md"
 PROFILES = Path(__file__).parent.parent / "device_profiles"
@@ -317,3 +318,9 @@ def test_a_full_disk_behind_stdout_is_told(rows_576_model: Path) -> None:
         done = subprocess.run([*COMMAND, "inspect", rows_576_model], stdout=full, stderr=-1)
     assert done.returncode == 7
     assert done.stderr.startswith(b"apreqel: <stdout>: No space left on device")
+
+
+def test_auto_verifies_within_the_context_that_the_model_was_trained_for(tmp_path: Path) -> None:
+    for trained, used in ((128, 128), (2048, 512)):
+        inventory = read_inventory(models.build(tmp_path / f"{trained}.gguf", context=trained))
+        assert cli._settings(Workspace(inventory, "", tmp_path), 64).n_ctx == used
