@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import hashlib
 import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
@@ -83,16 +84,20 @@ class Record:
     def check_output(cls, path: Path) -> None:
         """Raise OutputError where `path` is there and no file of this kind, which alone may go."""
         start = f'{{\n "kind": "apreqel {cls.KIND}"'.encode()
-        if path.exists() and not (path.is_file() and _starts_with(path, start)):
-            raise OutputError(f"{path}: exists and is no {cls.KIND} file; choose another output")
+        try:
+            if not path.exists() or (path.is_file() and _starts_with(path, start)):
+                return
+        except OSError as error:
+            raise output_error(path, error) from error
+        raise OutputError(f"{path}: exists and is no {cls.KIND} file; choose another output")
 
     @classmethod
     def load(cls, path: Path, model_sha256: str | None = None) -> Self:
         """Read it back. Raises ArtifactError; `model_sha256` refuses another model's."""
         kind = cls.KIND
-        if path.is_file() and _starts_with(path, b"GGUF"):
-            raise ArtifactError(f"{path}: is a GGUF model, expected a {kind} file")
         try:
+            if _starts_with(path, b"GGUF"):
+                raise ArtifactError(f"{path}: is a GGUF model, expected a {kind} file")
             document = json.loads(path.read_bytes())
         except FileNotFoundError:
             raise ArtifactError(f"{path}: no such {kind} file") from None
@@ -118,7 +123,7 @@ class Record:
                 f"this model has {model_sha256[:12]}; use another --workdir or delete the file"
             )
         with understood(f"{path}: {kind}", cls.ADVICE):
-            hints = get_type_hints(cls)
+            hints = _hints(cls)
             return cls(provenance, **{n: from_json(hints[n], v, n) for n, v in data.items()})
 
     @classmethod
@@ -135,12 +140,8 @@ class Record:
 
 
 def _starts_with(path: Path, start: bytes) -> bool:
-    """Raises ArtifactError."""
-    try:
-        with open(path, "rb") as file:
-            return file.read(len(start)) == start
-    except OSError as error:
-        raise ArtifactError(f"{path}: cannot be read ({error.strerror})") from error
+    with open(path, "rb") as file:
+        return file.read(len(start)) == start
 
 
 def plain(value: Any) -> Any:
@@ -154,11 +155,17 @@ def plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
+# Once a class: a sensitivity holds thousands of values of few classes.
+_hints: Callable[[Any], dict[str, Any]] = functools.cache(get_type_hints)
+
+
 def from_json(kind: Any, value: Any, where: str) -> Any:
     """What `plain` made of a value of type `kind`, back. Raises TypeError, KeyError."""
+    if kind is Any or (kind is float and type(value) is int) or type(value) is kind:
+        return value
     origin, arguments = get_origin(kind), get_args(kind)
     if is_dataclass(kind) and isinstance(kind, type) and isinstance(value, dict):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)
         return kind(**{n: from_json(hints[n], v, f"{where}.{n}") for n, v in value.items()})
     if origin is UnionType:
         for one in arguments:
@@ -171,8 +178,6 @@ def from_json(kind: Any, value: Any, where: str) -> Any:
         return [from_json(arguments[0], v, where) for v in value]
     if origin in (dict, Mapping) and isinstance(value, dict):
         return {key: from_json(arguments[1], v, f"{where}.{key}") for key, v in value.items()}
-    if kind is Any or (kind is float and type(value) is int) or type(value) is kind:
-        return value
     raise TypeError(f"{where} is {printable(repr(value))}")
 
 

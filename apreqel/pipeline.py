@@ -31,7 +31,7 @@ from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.plan.cache_types import CACHES
 from apreqel.plan.front import Front, ladder_sizes, pareto_front
 from apreqel.plan.make_plan import make_plan
-from apreqel.plan.plan import PLAN_FILE, Plan
+from apreqel.plan.plan import Plan
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest, request_from, require_presets
 from apreqel.plan.solve import Solved, solve_request, with_longest_context
@@ -44,7 +44,7 @@ from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity, cache_sensit
 from apreqel.sensitivity.measure import ProbeSettings, measure
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.sensitivity.texts import Text, bundled_texts
-from apreqel.workspace import Workspace
+from apreqel.workspace import PLAN_FILE, VERIFICATION_FILE, Workspace
 
 # Plans along a ladder that probing tries as real files.
 _LADDER_FILES = {"quick": 0, "normal": 4, "thorough": 6}
@@ -202,12 +202,14 @@ def ladder(
 ) -> list[tuple[Plan, Path]]:
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
     space, made = probed.space, []
-    sizes = ladder_sizes(planner_of(probed, request, profile, metric), count)
+    planner = planner_of(probed, request, profile, metric)
     with _file_bench(probed, request, check) as bench:  # the original is evaluated once
-        for i, size in enumerate(sizes, 1):
+        for i, size in enumerate(ladder_sizes(planner, count), 1):
             space.progress("planning", i - 1, count)
+            if bench:
+                planner = replace(planner, damage=replace(planner.damage, files=bench.known.own))
             step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
-            planner = planner_of(probed, step, profile, metric)
+            planner = replace(planner, request=step)
             made.append(_plan(planner, bench, space.folder / f"plan-ladder-{i}.json", False))
     return made
 
@@ -327,7 +329,7 @@ def verify(
     if expected is not None:
         made, nats = _verified_as(space, path, trial, expected), expected.damage_nats
         report = replace(report, provenance=made, predicted_nats=nats)
-    report.save(space.folder / verification.VERIFICATION_FILE)
+    report.save(space.folder / VERIFICATION_FILE)
     return report
 
 
@@ -381,7 +383,7 @@ def auto(
             progress=space.progress,
         )
     report = VerificationReport.load_same(
-        space.folder / verification.VERIFICATION_FILE, _verified_as(space, output, trial, made)
+        space.folder / VERIFICATION_FILE, _verified_as(space, output, trial, made)
     )
     return Everything(profile, made, output, report or verify(space, output, trial, made))
 

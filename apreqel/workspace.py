@@ -6,7 +6,7 @@ Nearly every step needs these together, so they travel as one value.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,9 @@ from apreqel.model.inventory import (
 )
 from apreqel.progress import Progress, silent
 
-IMATRIX_FILE = "imatrix.gguf"
+IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE = "imatrix.gguf", "plan.json", "verification.json"
+# What is replaced without being read first, in a folder that is known to be apreqel's by its hash.
+_HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)
 
 
 @dataclass(frozen=True)
@@ -56,11 +58,19 @@ def opened(
         raise UsageError(f"{model}: holds no tensor that can be quantised")
     beside = Path.cwd() if name == DEMO else model.parent
     folder = folder or beside / f"{model.name}.apreqel"
-    known, imatrix = folder / "model-hash.json", folder / IMATRIX_FILE
-    if imatrix.exists() and not known.exists():
-        raise OutputError(f"{imatrix}: is not apreqel's, and would be lost; use another --workdir")
+    _require_ours(folder)
     with artifacts.lock(folder / ".lock"):
-        sha256 = artifacts.model_sha256(inventory.files, known)
+        sha256 = artifacts.model_sha256(inventory.files, folder / _HASH_FILE)
         yield Workspace(
             inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
         )
+
+
+def _require_ours(folder: Path) -> None:
+    """Raise OutputError where files of another tool would be replaced."""
+    names: set[str] = set()
+    with suppress(OSError):  # not there yet; or closed, as its lock will tell
+        names = {path.name for path in folder.iterdir()}
+    if _HASH_FILE not in names and (theirs := sorted(names.intersection(_REPLACED))):
+        path = folder / theirs[0]
+        raise OutputError(f"{path}: is not apreqel's, and would be lost; use another --workdir")

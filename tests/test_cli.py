@@ -302,10 +302,12 @@ def test_names_in_a_model_reach_no_terminal_as_commands(llama_model: Path, tmp_p
 
 
 def test_an_imatrix_of_another_tool_is_kept(llama_model: Path, tmp_path: Path) -> None:
-    theirs = tmp_path / "imatrix.gguf"
-    theirs.write_bytes(b"GGUF days of work of another tool")
-    expect(7, "is not apreqel's", "probe", llama_model, "--workdir", tmp_path)
-    assert os.listdir(tmp_path) == ["imatrix.gguf"]
+    for name in ("imatrix.gguf", "plan.json", "verification.json"):
+        theirs = tmp_path / name
+        theirs.write_bytes(b"GGUF days of work of another tool")
+        expect(7, "is not apreqel's", "probe", llama_model, "--workdir", tmp_path)
+        assert os.listdir(tmp_path) == [name]
+        theirs.unlink()
     missing = tmp_path / "none.gguf"
     work = tmp_path / "w"
     expect(3, f"{missing}: ", "probe", llama_model, "--workdir", work, "--imatrix", missing)

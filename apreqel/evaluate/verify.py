@@ -26,8 +26,6 @@ from apreqel.sensitivity.metrics import Comparison, estimate, ratio_interval
 from apreqel.sensitivity.texts import Text, TokenSet, bundled_texts, verification_set
 from apreqel.workspace import Workspace
 
-VERIFICATION_FILE = "verification.json"
-
 
 @dataclass(frozen=True)
 class VerifySettings:

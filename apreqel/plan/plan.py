@@ -21,8 +21,6 @@ from apreqel.sensitivity.experts import ExpertUse
 from apreqel.sensitivity.gptq import VERSION
 from apreqel.sensitivity.kv_cache import USUAL
 
-PLAN_FILE = "plan.json"
-
 
 @dataclass(frozen=True)
 class Binding:
