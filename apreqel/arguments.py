@@ -25,6 +25,10 @@ WISHES: dict[str, Any] = {
     "ctx": Option(help="Tokens of context to reckon memory with [4096], or max."),
     "min_decode": Option("--min-decode-tps", min=0.01, help="Least tokens/s generated."),
     "min_prefill": Option("--min-prefill-tps", min=0.01, help="Least tokens/s of a prompt."),
+    "any_speed": Option(
+        "--any-speed",
+        help="Be slower than the stock preset of that size where that is closer.",
+    ),
     "workload": Option(help="Tokens of prompt:answer, what --prefer latency makes fast."),
     "pin": Option(help="'pattern=TYPE' for tensors by name, as in 'blk.0.*=Q8_0'; repeatable."),
     "only_types": Option(help="Use these types only: Q4_0,Q8_0."),

@@ -136,6 +136,7 @@ def plan(
     from apreqel.device.profiling import profile_for
     from apreqel.plan.plan import Plan
     from apreqel.plan.request import request_of, require_compatible
+    from apreqel.sensitivity.bench import require_next_tokens
     from apreqel.sensitivity.effort import effort_from
     from apreqel.sensitivity.measurement import probed_model
 
@@ -148,7 +149,8 @@ def plan(
     metric, refine = wishes.metric, wishes.refine
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = request_of(wishes, space.inventory)
-        profile = profile_for(space, wishes.device, needed=request.needs_profile)
+        require_next_tokens(space.inventory)
+        profile = profile_for(space, wishes.device, needed=request.uses_profile)
         probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
         asked = probed, request, profile
         if wishes.front:
@@ -355,7 +357,8 @@ def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | 
 
 def main() -> NoReturn:
     """Run the command; one line on stderr and the class's exit code for an expected failure."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
     for name in ("stdout", "stderr"):  # None where the shell closed it, as `>&-` does
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))

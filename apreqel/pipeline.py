@@ -30,12 +30,13 @@ from apreqel.model import recipes
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.plan.cache_types import CACHES
 from apreqel.plan.front import Front, ladder_sizes, pareto_front
-from apreqel.plan.make_plan import make_plan
+from apreqel.plan.make_plan import make_plan, speed_notes
 from apreqel.plan.plan import Plan
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest, request_from, require_presets
 from apreqel.plan.solve import Solved, solve_request, with_longest_context
 from apreqel.progress import Progress
+from apreqel.sensitivity.bench import require_next_tokens
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.effort import Effort
 from apreqel.sensitivity.experts import expert_use
@@ -151,6 +152,7 @@ def _plan(
     if request.longest_context:
         planner = with_longest_context(planner)
     made = confirmed_plan(planner, bench) if bench else make_plan(planner, solve_request(planner))
+    made = replace(made, notes=[*made.notes, *speed_notes(planner, made)])
     _write_plan(made, path, space.inventory)
     if bench and (refine or (refine is None and is_worthwhile(planner, made))):
         made = _refined(planner, made, bench, asked=bool(refine))
@@ -369,6 +371,7 @@ def auto(
     require_presets(trial.against)
     output = output or default_output(space, request.prefer)
     quantize.check_output(space.inventory, output, force or _ours(output) is not None)
+    require_next_tokens(space.inventory)
     profile = load_named(device) if device else profile_of(space)
     probed = probe(space, effort=effort, texts=texts)
     made, plan_path = plan(probed, request, profile)

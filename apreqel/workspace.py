@@ -5,6 +5,8 @@ Nearly every step needs these together, so they travel as one value.
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -24,6 +26,9 @@ from apreqel.progress import Progress, silent
 IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE = "imatrix.gguf", "plan.json", "verification.json"
 # What is replaced without being read first, in a folder that is known to be apreqel's by its hash.
 _HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)
+
+# Folders that hold files of a step, and go with it.
+_SCRATCH = re.compile(r"(scratch|text|measured|compare)-[a-z0-9_]{8}")
 
 
 @dataclass(frozen=True)
@@ -60,10 +65,18 @@ def opened(
     folder = folder or beside / f"{model.name}.apreqel"
     _require_ours(folder)
     with artifacts.lock(folder / ".lock"):
+        _sweep(folder)
         sha256 = artifacts.model_sha256(inventory.files, folder / _HASH_FILE)
         yield Workspace(
             inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
         )
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what runs that were killed left in it; its lock is held, so that none is at work."""
+    for path in folder.iterdir():
+        if _SCRATCH.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_ours(folder: Path) -> None:

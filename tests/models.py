@@ -6,10 +6,18 @@ they matter and quant types differ in error, as in a trained model.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
+from gguf import (
+    GGMLQuantizationType,
+    GGUFReader,
+    GGUFValueType,
+    GGUFWriter,
+    PoolingType,
+    quants,
+)
 
 _MERGED = ["th", "the", "in", "an", "er", "re", "on", "at", "en", "nd", "and", "Ġt", "Ġa", "Ġthe"]
 
@@ -68,10 +76,15 @@ def build(
     seed: int = 0,
     context: int = 2048,
     more_tokens: int = 0,
+    architecture: str = "llama",
+    change: Callable[[str, np.ndarray], np.ndarray] = lambda _, values: values,
 ) -> Path:
-    """A llama model in `kind` (F32, F16, BF16 or a quant type that gguf-py can write)."""
+    """A model in `kind` (F32, F16, BF16 or a quant type that gguf-py can write).
+
+    Of an architecture with llama's tensors; `change` may alter a tensor's values by its name.
+    """
     random = np.random.default_rng(seed)
-    writer = GGUFWriter(str(path), "llama")
+    writer = GGUFWriter(str(path), architecture)
     writer.add_name("tiny")
     writer.add_block_count(n_layer)
     writer.add_context_length(context)
@@ -81,6 +94,9 @@ def build(
     writer.add_head_count_kv(n_head_kv)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(n_embd // n_head)
+    if architecture == "llada":  # fills in masks
+        writer.add_causal_attention(False)
+        writer.add_mask_token_id(5)
     if n_expert:
         writer.add_expert_count(n_expert)
         writer.add_expert_used_count(2)
@@ -88,6 +104,7 @@ def build(
     qtype = GGMLQuantizationType[kind]
 
     def add(name: str, values: np.ndarray) -> None:
+        values = change(name, values)
         if values.ndim == 1 or "gate_inp" in name:
             writer.add_tensor(name, values.astype(np.float32))
         else:
@@ -129,6 +146,43 @@ def build_576(path: Path) -> Path:
 def build_moe(path: Path) -> Path:
     """A mixture of four experts, two used, in 3-D tensors."""
     return build(path, n_expert=4, n_ff=256)
+
+
+def build_bert(path: Path) -> Path:
+    """An encoder of one layer, which gives embeddings."""
+    random, n_embd, writer = np.random.default_rng(0), 64, GGUFWriter(str(path), "bert")
+    writer.add_block_count(1)
+    writer.add_context_length(512)
+    writer.add_embedding_length(n_embd)
+    writer.add_feed_forward_length(2 * n_embd)
+    writer.add_head_count(2)
+    writer.add_layer_norm_eps(1e-12)
+    writer.add_causal_attention(False)
+    writer.add_pooling_type(PoolingType.MEAN)
+    writer.add_token_type_count(2)
+    n_vocab = _tokenizer(writer, 0)
+    square = ("attn_q", "attn_k", "attn_v", "attn_output")
+    shapes = {
+        "token_embd": (n_vocab, n_embd),
+        "position_embd": (512, n_embd),
+        "token_types": (2, n_embd),
+        **{f"blk.0.{name}": (n_embd, n_embd) for name in square},
+        "blk.0.ffn_up": (2 * n_embd, n_embd),
+        "blk.0.ffn_down": (n_embd, 2 * n_embd),
+    }
+    for name, shape in shapes.items():
+        kind = np.float16 if "token_embd" in name or "blk" in name else np.float32
+        writer.add_tensor(f"{name}.weight", _matrix(random, *shape).astype(kind))
+        if "blk" in name:
+            writer.add_tensor(f"{name}.bias", np.zeros(shape[0], np.float32))
+    for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):
+        writer.add_tensor(f"{name}.weight", np.ones(n_embd, np.float32))
+        writer.add_tensor(f"{name}.bias", np.zeros(n_embd, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
 
 def split(source: Path, n_shards: int) -> list[Path]:

@@ -123,8 +123,8 @@ def divergences_of_files(
 # --- quick measurements --------------------------------------------------------------------------
 
 SHA = "0" * 64
-SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128, probe_ctx=64)
-LITTLE = Effort("quick", 2, 0.5, 2)
+SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128)
+LITTLE = Effort("quick", 2, 0.5)
 
 
 def texts() -> list[Text]:

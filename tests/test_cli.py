@@ -215,7 +215,10 @@ def test_the_whole_way_and_nothing_twice(rows_576_model: Path, tmp_path: Path) -
     expect(10, "field kind is None", "profile", "--import", tmp_path / "p.json")
 
 
-def test_second_run_in_a_folder_and_ctrl_c(llama_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])  # a closed terminal is the same
+def test_second_run_in_a_folder_and_ctrl_c(
+    llama_model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
     command = [*COMMAND, "probe", llama_model, "--workdir", tmp_path / "w"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as first:
         assert first.stderr is not None
@@ -225,7 +228,7 @@ def test_second_run_in_a_folder_and_ctrl_c(llama_model: Path, tmp_path: Path) ->
         expect(
             8, "another apreqel is at work here", "probe", llama_model, "--workdir", tmp_path / "w"
         )
-        first.send_signal(signal.SIGINT)
+        first.send_signal(number)
         rest = first.stderr.read()
         assert first.wait() == 130
         assert "apreqel: stopped" in rest and "Traceback" not in rest

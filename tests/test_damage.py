@@ -52,7 +52,8 @@ def test_damage_is_conditioned_as_a_joint_gaussian() -> None:
     names = list(TYPES)
     x = np.log(list(TYPES.values()))
     # The prior: one tensor alone has its own level's mean, and a spread of 2.
-    prior = 4.0 + 0.09 * np.exp(-np.abs(x[:, None] - x) / 12) + 0.01 * np.eye(len(x))
+    along = 0.15**2 * np.exp(-np.abs(x[:, None] - x) / 12)
+    prior = 4.0 + along + 0.08**2 * np.eye(len(x))
     share = np.mean([np.array(v) / np.mean(v) for v in kld.values()], axis=0).mean()
     means = np.array([np.mean(kld[t]) for t in kld]) / share
     # Of 4 draws the spread is widened by the root of 3, Student's with 3 degrees of freedom.
@@ -78,7 +79,7 @@ def test_intervals_hold_the_truth() -> None:
     """Tensors drawn as the model thinks of them: 95% intervals hold 19 of 20 damages."""
     random = np.random.default_rng(0)
     names, x = list(TYPES), np.log(list(TYPES.values()))
-    along = 0.09 * np.exp(-np.abs(x[:, None] - x) / 12) + 0.01 * np.eye(len(x))
+    along = 0.15**2 * np.exp(-np.abs(x[:, None] - x) / 12) + 0.08**2 * np.eye(len(x))
     probes, truth = {}, {}
     level = 0.0
     for i in range(60):

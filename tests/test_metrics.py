@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -56,6 +57,18 @@ def test_a_shift_of_all_logits_changes_nothing() -> None:
     reference = logits(np.random.default_rng(2), 16, 32000)
     result = run(reference + np.float32(4), reference, np.zeros(16))
     assert np.abs(result.kld_nats).max() < 5e-7  # a logit of 30 is held to 2e-6
+
+
+def test_logits_far_apart_have_a_finite_divergence() -> None:
+    """Beyond exp(88), where float32 ends; without a warning."""
+    random = np.random.default_rng(3)
+    p, q = random.normal(0, 40, (2, 6, 50)).astype(np.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = run(q, p, np.zeros(6))
+    expected = divergences(log_probabilities(p), log_probabilities(q))
+    assert expected.max() > 88
+    assert found.kld_nats == pytest.approx(expected, rel=1e-5)
 
 
 def test_nan_is_seen() -> None:

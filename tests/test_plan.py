@@ -27,6 +27,7 @@ from apreqel.plan import explain
 from apreqel.plan.cache_types import CACHES
 from apreqel.plan.constraints import Constraints, parse_constraints
 from apreqel.plan.front import pareto_front
+from apreqel.plan.make_plan import make_plan, speed_notes
 from apreqel.plan.plan import encode_metadata
 from apreqel.plan.planner import Planner
 from apreqel.plan.request import (
@@ -93,7 +94,7 @@ def solved(inventory: Inventory, request: PlanRequest, **options: Any) -> Solved
 
 
 def test_every_limit_is_kept_and_the_prices_are_true(inventory: Inventory) -> None:
-    free = solved(inventory, PlanRequest("accuracy", max_size_bytes=10**9))
+    free = solved(inventory, PlanRequest("accuracy", max_size_bytes=10**9, any_speed=True))
     assert all(limit.name == "--max-size" for limit in free.limits) and not list(free.binding())
     timings = free.options.timings
     assert timings is None  # nothing asked for speed
@@ -107,6 +108,40 @@ def test_every_limit_is_kept_and_the_prices_are_true(inventory: Inventory) -> No
     more = solved(inventory, replace(request, max_size_bytes=1_410_000))
     gained = found.solution.objective - more.solution.objective
     assert 0 < gained <= 1.3 * binding[0].buys / 100
+
+
+def test_unasked_a_plan_is_as_fast_as_the_stock_preset_of_its_size(inventory: Inventory) -> None:
+    """Types here are slow that stock has not; --any-speed takes them, and limits by hand hold."""
+    profile = made_up(inventory, {**SECONDS, "Q5_1": (60.0, 20.0), "Q8_0": (40.0, 15.0)})
+    for preset in ("Q4_K_M", "Q6_K"):
+        stock = stock_types(inventory.files[0], preset, has_imatrix_for=[])
+        size = inventory.output_size(stock) + 1000
+        asked = planner(inventory, PlanRequest(max_size_bytes=size), profile=profile)
+        assert asked.preset_of_size(size) == preset
+        free = replace(asked, request=replace(asked.request, any_speed=True))
+        usual, kept, fast = (
+            asked.speed(inventory, types)
+            for types in (
+                asked.probed.stock_types(preset),
+                make_plan(asked, solve_request(asked)).types,
+                make_plan(free, solve_request(free)).types,
+            )
+        )
+        assert usual and kept and fast
+        assert kept.decode.value >= 0.97 * usual.decode.value * (1 - 1e-9)
+        assert kept.prefill.value >= 0.97 * usual.prefill.value * (1 - 1e-9)
+        assert fast.decode.value < 0.97 * usual.decode.value
+        note = "".join(speed_notes(asked, make_plan(asked, solve_request(asked))))
+        assert f"at {fast.decode.value / kept.decode.value:.2f} x its decode" in note
+        by_hand = replace(asked.request, min_decode_tps=0.5 * usual.decode.value)
+        assert not solved(inventory, by_hand, profile=profile).limits[-1].name.endswith(preset)
+    # Where other limits leave no such map, these go first.
+    only = Constraints(only_types=("Q5_1",))
+    asked = planner(inventory, PlanRequest(max_size_bytes=10**9, constraints=only), profile=profile)
+    made = make_plan(asked, solve_request(asked))
+    assert list(speed_notes(asked, made)) == [
+        "no map within the limits is as fast as the stock preset of its size"
+    ]
 
 
 def test_wishes_that_cannot_be_met_together_are_answered(inventory: Inventory) -> None:
@@ -328,7 +363,7 @@ def test_no_point_of_the_front_is_beaten(inventory: Inventory) -> None:
 
 
 def test_an_explanation_holds_when_tried(inventory: Inventory) -> None:
-    request = PlanRequest("accuracy", max_size_bytes=1_300_000)
+    request = PlanRequest("accuracy", max_size_bytes=1_300_000, any_speed=True)
     found = solved(inventory, request)
     rows = explain.explain_tensor(found, "blk.0.ffn_down.weight")
     (chosen,) = [row for row in rows if row.is_chosen]

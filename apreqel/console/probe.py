@@ -45,9 +45,10 @@ def show(found: Sensitivity, files: Sequence[MeasuredFile]) -> None:
     columns = "most sensitive tensors", "probed as", "KL divergence, nats", "95% interval"
     write(table(*columns, rows=rows))
     write(DAMAGE["kld"])
-    for type_name, loss in found.kernels.items():
+    for key, loss in found.kernels.items():
+        type_name, _, role = key.partition(" ")
         write(
-            f"all in {type_name}: {loss.dequantised_nats:.5f} nats dequantised, "
+            f"{role or 'all'} in {type_name}: {loss.dequantised_nats:.5f} nats dequantised, "
             f"{loss.real_nats:.5f} as its kernels run it"
         )
     correlations = ", ".join(f"{name} {value:.2f}" for name, value in told.correlations.items())

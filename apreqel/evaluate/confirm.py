@@ -16,7 +16,7 @@ import numpy as np
 from apreqel.errors import InfeasiblePlanError
 from apreqel.evaluate.real_files import FileBench, FileMeasurement
 from apreqel.model.qtypes import lookup, nearest
-from apreqel.plan.cache_types import without_caches
+from apreqel.plan.cache_types import CACHES, without_caches
 from apreqel.plan.make_plan import make_plan
 from apreqel.plan.options import Options
 from apreqel.plan.plan import FileResult, Plan
@@ -195,17 +195,31 @@ def _most_nats(planner: Planner, bench: FileBench) -> float | None:
 
 
 def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
-    """The stock map and the uniform one of least predicted damage at no more bytes.
+    """Maps of no more bytes: of least output error, the best stock one, the best uniform one.
 
-    Without GPTQ, as they are then written.
+    Best by predicted damage, without GPTQ, as they are then written.
     """
     options = without_caches(solved.options)
     as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, gptq=False).nats)
     options = replace(options, damages=as_they_are)
     data_bytes = total(options.sizes, solved.solution.choice[: len(options.names)])
+    limits = [Limit("size", options.sizes, data_bytes)]
+    if CACHES not in solved.options.names:
+        limits += [li for li in solved.limits if li.costs is not solved.options.damages]
+    yield "least output error", planner.inventory.types | least_error(planner, options, limits)
     for kind, maps in stock_and_uniform(planner, options).items():
         if best := best_fitting(maps, options, data_bytes):
             yield f"{kind} {best}", planner.inventory.types | maps[best]
+
+
+def least_error(planner: Planner, options: Options, limits: Sequence[Limit]) -> dict[str, str]:
+    """The map of least relative output error, summed over all rows, as other tools choose.
+
+    It needs no probe, and is a strong rival where these mislead. Raises InfeasiblePlanError.
+    """
+    tensors, by_name = planner.probed.sensitivity.tensors, planner.inventory.by_name
+    costs = options.rows(lambda name, t: by_name[name].n_rows * tensors[name].errors.weights[t])
+    return options.types_of(solve(costs, limits))
 
 
 def stock_and_uniform(planner: Planner, options: Options) -> dict[str, dict[str, dict[str, str]]]:

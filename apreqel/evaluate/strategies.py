@@ -16,7 +16,7 @@ import numpy as np
 from apreqel.arrays import Doubles
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.profiling import profile_for
-from apreqel.evaluate.confirm import best_fitting, stock_and_uniform
+from apreqel.evaluate.confirm import best_fitting, least_error, stock_and_uniform
 from apreqel.evaluate.real_files import measured_files
 from apreqel.evaluate.verify import VerificationReport, VerifySettings, verify
 from apreqel.model.qtypes import nearest
@@ -43,8 +43,8 @@ def strategies(planner: Planner, file_bytes: int) -> dict[str, dict[str, str]]:
     quotas of 50, 35 and 15% (needs a profile). first order: the knapsack from one probe a tensor.
     apreqel: the knapsack from all probes.
     """
-    options, tensors = planner.options(None), planner.probed.sensitivity.tensors
-    limit, own = options.size_limit(file_bytes), planner.inventory.types
+    options, own = planner.options(None), planner.inventory.types
+    limit = options.size_limit(file_bytes)
     made: dict[str, dict[str, str]] = {}
 
     def solved(label: str, costs: Sequence[Doubles]) -> None:
@@ -53,7 +53,7 @@ def strategies(planner: Planner, file_bytes: int) -> dict[str, dict[str, str]]:
     for label, maps in reversed(stock_and_uniform(planner, options).items()):
         if best := best_fitting(maps, options, 1.001 * limit.at_most):
             made[label] = own | maps[best]
-    solved("error only", options.rows(lambda name, t: tensors[name].errors.weights[t]))
+    made["error only"] = own | least_error(planner, options, [limit])
     if planner.profile is not None:
         scored = _layer_score(planner, options, limit, planner.profile)
         if scored is not None:

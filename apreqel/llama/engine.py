@@ -85,6 +85,19 @@ class LoadedModel(AbstractContextManager["LoadedModel"]):
         token = int(library().llama_vocab_bos(self._vocab))
         return token if library().llama_vocab_get_add_bos(self._vocab) and token >= 0 else None
 
+    def why_no_next_tokens(self) -> str:
+        """Why llama.cpp gives no logits of the next token at any position; '' where it does."""
+        c = library()
+        if c.llama_model_is_diffusion(self._model):
+            return "a diffusion model, which fills in masks instead of going on"
+        if c.llama_model_has_encoder(self._model):
+            return "has an encoder, which apreqel does not run"
+        if c.llama_vocab_type(self._vocab) == c.LLAMA_VOCAB_TYPE_NONE:
+            return "has no vocabulary of its own: a draft, or part of another model"
+        with self.context(32, 1, 1) as context:
+            has_memory = bool(c.llama_get_memory(context._context))
+        return "" if has_memory else "gives embeddings, not tokens"
+
     def tokenize(self, text: str) -> Tokens:
         """The tokens of `text`, without special tokens."""
         c, raw = library(), text.encode()
@@ -154,6 +167,7 @@ class Context(AbstractContextManager["Context"]):
         EngineError, or whatever the listener raised.
         """
         batch, (n_sequences, length) = self._batch, tokens.shape
+        assert tokens.size <= self._n_batch, "more tokens than the context was made for"
         wanted = np.zeros(tokens.shape, np.int8)
         np.put_along_axis(wanted, positions, 1, axis=1)
         batch.n_tokens = tokens.size

@@ -43,6 +43,8 @@ UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 
 _U32, _U64 = SCALARS[4], SCALARS[10]
 _BLOCK_BYTES = 1 << 20
+# As files are cut for upload, by hand or by split: joined again with cat.
+_PART = re.compile(r"\.(part[0-9]+(of[0-9]+)?|part[a-z]{2}|[0-9]{3})$")
 # The least that a key-value pair or a tensor record can take: for counts that cannot be true.
 _LEAST_KV_BYTES, _LEAST_TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 4 + 8
 
@@ -138,13 +140,19 @@ class _Reader:
     def fail(self, message: str) -> NoReturn:
         raise ModelFileError(f"{self.path}: {message}")
 
+    def whole_again(self, found: str) -> str:
+        """How to come by the whole file."""
+        if _PART.search(self.path.name):
+            return "it is one part of a file; join the parts with cat"
+        return f"{found}; download it again"
+
     def need(self, count: int, what: str) -> None:
         """Make the next `count` bytes available; refuse where the file does not have them."""
         end = self.at + count
         if end > self.file_size:
             self.fail(
                 f"{what} at byte {self.at} needs {count} bytes, {self.file_size - self.at} are "
-                "left; the file is cut short or damaged; download it again"
+                f"left; {self.whole_again('the file is cut short or damaged')}"
             )
         while (seen := len(self._seen)) < end:
             wanted = min(max(_BLOCK_BYTES, end - seen), 1 << 24)
@@ -315,8 +323,8 @@ class _Reader:
             end = header.data_start + expected + size
             if end > self.file_size:
                 self.fail(
-                    f"{shown} ends at byte {end}, the file has {self.file_size}; it is cut short; "
-                    "download it again"
+                    f"{shown} ends at byte {end}, the file has {self.file_size}; "
+                    f"{self.whole_again('it is cut short')}"
                 )
             expected += padded(size, header.alignment)
         end = header.data_start + expected

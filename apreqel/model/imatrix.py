@@ -6,6 +6,7 @@ Read and written in llama.cpp's GGUF format (tools/imatrix/imatrix.cpp).
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -111,8 +112,25 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
     write_atomically(path, encode_header(metadata, records, DEFAULT_ALIGNMENT) + data)
 
 
+def _is_legacy(path: Path) -> bool:
+    """Whether a file begins as llama.cpp's old imatrix does: a count, a length, a tensor's name."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(8)
+            count, length = struct.unpack("<ii", start)
+            name = file.read(length) if 0 < length < 256 and count > 0 else b""
+    except (OSError, struct.error):
+        return False
+    return name.endswith(b".weight")
+
+
 def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
     """Read and check a GGUF imatrix against the model. Raises ModelFileError, CalibrationError."""
+    if _is_legacy(path):
+        raise CalibrationError(
+            f"{path}: a legacy imatrix of llama.cpp; convert it: "
+            f"llama-imatrix --in-file {path.name} -o {path.stem}.gguf"
+        )
     header = read_header(path)
     if header.get("general.type") != "imatrix":
         raise CalibrationError(
@@ -132,13 +150,17 @@ def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
                 )
             raw[record.name] = values.reshape(record.shape[::-1])
     entries: dict[str, ImatrixEntry] = {}
+    strange = ""
     for name, sums in ((k.removesuffix(_SUMS), v) for k, v in raw.items() if k.endswith(_SUMS)):
         counts, tensor = raw.get(name + _COUNTS), inventory.by_name.get(name)
         shown = f"{path}: tensor {printable(name)}"
         if tensor is None:
-            raise CalibrationError(f"{shown} is not in the model; this is another model's imatrix")
+            strange = strange or shown  # a vision tower's, or of a layer that this file is without
+            continue
         expected = (tensor.n_experts, tensor.row_length)
-        if counts is None or sums.reshape(-1, sums.shape[-1]).shape != expected:
+        if counts is None:
+            raise CalibrationError(f"{shown}{_SUMS} has no {_COUNTS} beside it; collect it again")
+        if sums.reshape(-1, sums.shape[-1]).shape != expected:
             raise CalibrationError(
                 f"{shown} has {sums.size} values, the model needs {expected[0]} x {expected[1]}; "
                 "this is another model's imatrix"
@@ -147,6 +169,8 @@ def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
             raise CalibrationError(f"{shown} has damaged sums or counts")
         full = np.broadcast_to(counts.reshape(-1), (tensor.n_experts,)).copy()
         entries[name] = ImatrixEntry(sums.reshape(expected), full)
+    if strange and not entries:
+        raise CalibrationError(f"{strange} is not in the model; this is another model's imatrix")
     if not entries:
         raise CalibrationError(f"{path}: holds no *.in_sum2 tensors; not a usable imatrix")
     datasets = header.get("imatrix.datasets")

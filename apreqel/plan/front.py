@@ -76,7 +76,7 @@ def pareto_front(planner: Planner, n_points: int = 20) -> Front:
 
 def ladder_sizes(planner: Planner, count: int) -> list[float]:
     """File sizes of a ladder within the request's limits. Raises InfeasiblePlanError."""
-    timed = planner.profile if planner.request.needs_profile else None
+    timed = planner.profile if planner.request.uses_profile else None
     return sizes_of(*_room(planner, timed), count)
 
 

@@ -12,7 +12,7 @@ from apreqel.model.qtypes import USUAL_CACHES, lookup
 from apreqel.plan.cache_types import CACHES
 from apreqel.plan.plan import Plan, encode_metadata, map_digest
 from apreqel.plan.planner import Planner
-from apreqel.plan.solve import Solved
+from apreqel.plan.solve import Solved, solve_request
 from apreqel.sensitivity.kv_cache import USUAL
 
 _CACHE_NOTE = (
@@ -88,6 +88,37 @@ def _on_device(made: Plan, planner: Planner, profile: DeviceProfile) -> Plan:
     )
 
 
+def speed_notes(planner: Planner, made: Plan) -> Iterator[str]:
+    """What it costs to be as fast as the stock preset, where nobody asked for that or against it.
+
+    Raises InfeasiblePlanError.
+    """
+    if not planner.request.is_as_fast_as_stock or made.speed is None:
+        return
+    if not any("speed of stock" in name for name in made.limits):
+        yield "no map within the limits is as fast as the stock preset of its size"
+        return
+    free = replace(planner, request=replace(planner.request, any_speed=True))
+    solved = solve_request(free)
+    types = planner.inventory.types | solved.options.types_of(solved.solution)
+    types.pop(CACHES, None)
+    speed = planner.speed(planner.running, types)
+    here, there = (planner.damage.predicted(t, made.gptq).nats for t in (made.types, types))
+    if speed is not None and there < here:
+        decode, prefill = (
+            b.value / a.value
+            for a, b in (
+                (made.speed.decode, speed.decode),
+                (made.speed.prefill, speed.prefill),
+            )
+        )
+        yield (
+            "as fast as the stock preset of its size; with --any-speed "
+            f"{1 - there / here:.0%} less KL divergence is predicted, at {decode:.2f} x its decode "
+            f"and {prefill:.2f} x its prefill speed"
+        )
+
+
 def _gptq_notes(planner: Planner) -> Iterator[str]:
     yield "GPTQ compensates weights for their neighbours' rounding when the file is written"
     left = [name for name, ratios in planner.damage.gptq_ratios.items() if not ratios]
@@ -106,6 +137,12 @@ def _measurement_notes(planner: Planner, types: Mapping[str, str]) -> Iterator[s
         yield (
             f"the damage of {unresolved} of {len(types)} tensors is not resolved (known to worse "
             "than a factor of three); apreqel probe --effort thorough measures more"
+        )
+    idle = [name for name, tensor in found.tensors.items() if not tensor.errors.is_run]
+    if idle:
+        yield (
+            f"{len(idle)} tensors that llama.cpp does not run (first {idle[0]}) were not measured; "
+            f"they are kept, in {types[idle[0]]}"
         )
     if found.excluded:
         yield f"{len(found.excluded)} probes failed and were left out"

@@ -32,12 +32,12 @@ class Timings:
     prefill_rest: float
     resident: Sequence[Doubles]
 
-    def speed_limit(self, what: str, least: float) -> Limit:
+    def speed_limit(self, what: str, least: float, name: str = "") -> Limit:
         """At least so many tokens/s of `what`: decode or prefill."""
         is_decode = what == "decode"
         rest = self.decode_rest if is_decode else self.prefill_rest
         return Limit(
-            f"--min-{what}-tps",
+            name or f"--min-{what}-tps",
             self.decode if is_decode else self.prefill,
             1 / least - rest,
             lambda seconds: f"{1 / (seconds + rest):.1f} tokens/s",

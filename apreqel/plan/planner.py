@@ -29,6 +29,12 @@ from apreqel.solver.knapsack import Limit
 
 # The preset that most people use today: what a plan has to beat when nothing else is said.
 DEFAULT_PRESET = "Q4_K_M"
+# What a file of another size would be without apreqel, and how fast.
+_PRESETS_BY_SIZE = (
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
+)  # fmt: skip
+# Of that preset's predicted speed: timings of machines are not good for more.
+_AS_FAST = 0.97
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,13 @@ class Planner:
     def stock(self) -> dict[str, str]:
         """The type map of stock Q4_K_M."""
         return self.probed.stock_types(DEFAULT_PRESET)
+
+    def preset_of_size(self, file_bytes: int | None) -> str:
+        """The stock preset nearest to a file of so many bytes; Q4_K_M where that is not limited."""
+        if file_bytes is None:
+            return DEFAULT_PRESET
+        output_size, stock = self.inventory.output_size, self.probed.stock_types
+        return min(_PRESETS_BY_SIZE, key=lambda p: abs(output_size(stock(p)) - file_bytes))
 
     @property
     def stock_damage_sum(self) -> float:
@@ -155,7 +168,8 @@ class Planner:
         request, limits = self.request, []
         budget = self.size_budget(options)
         if budget is not None:
-            limits.append(options.size_limit(budget))
+            by_size = request.max_size_bytes == budget
+            limits.append(options.size_limit(budget, "--max-size" if by_size else "--target-bpw"))
         if request.max_kld_nats is not None:
             damage_sum = limit_factor * options.sum_for(request.max_kld_nats)
             limits.append(options.damage_limit(damage_sum, "--max-kld"))
@@ -171,6 +185,17 @@ class Planner:
                 assert options.timings is not None
                 limits.append(options.timings.speed_limit(what, least))
         return limits
+
+    def stock_speed_limits(self, options: Options) -> list[Limit]:
+        """As fast as the stock preset of the plan's size, as predicted; none without timings."""
+        preset, timings = self.preset_of_size(self.size_budget(options)), options.timings
+        speed = self.speed(self.running, self.probed.stock_types(preset))
+        if timings is None or speed is None:
+            return []
+        return [
+            timings.speed_limit(what, _AS_FAST * value, f"the {what} speed of stock {preset}")
+            for what, value in (("decode", speed.decode.value), ("prefill", speed.prefill.value))
+        ]
 
     def size_budget(self, options: Options) -> int | None:
         """Bytes of the file that --max-size and --target-bpw allow, the stricter of both."""

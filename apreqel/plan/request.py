@@ -40,6 +40,7 @@ class PlanRequest:
     longest_context: bool = False  # instead of n_ctx: as long as the limits allow
     min_decode_tps: float | None = None
     min_prefill_tps: float | None = None
+    any_speed: bool = False  # else the closest plan is as fast as the stock preset of its size
     workload: tuple[int, int] = (512, 128)  # tokens of a prompt and of its answer
     weights: Mapping[str, float] = field(default_factory=dict)  # of memory, latency, accuracy
     max_type_changes: int | None = None  # against stock Q4_K_M
@@ -53,6 +54,18 @@ class PlanRequest:
         limits = self.max_ram_bytes, self.min_decode_tps, self.min_prefill_tps
         latency = self.prefer == "latency" or self.weights.get("latency", 0) > 0
         return latency or any(limit is not None for limit in limits)
+
+    @property
+    def is_as_fast_as_stock(self) -> bool:
+        """Whether nothing was said about speed: then what is closest must not be slow."""
+        asked = self.min_decode_tps, self.min_prefill_tps, self.max_ram_bytes
+        free = self.any_speed or self.weights or any(limit is not None for limit in asked)
+        return self.prefer == "accuracy" and not free
+
+    @property
+    def uses_profile(self) -> bool:
+        """Whether timings of the device count, if there are any."""
+        return self.needs_profile or self.is_as_fast_as_stock
 
     @property
     def has_one_measure(self) -> bool:
@@ -138,6 +151,7 @@ def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
         longest_context=wishes.ctx == "max",
         min_decode_tps=wishes.min_decode,
         min_prefill_tps=wishes.min_prefill,
+        any_speed=wishes.any_speed,
         workload=parse_workload(wishes.workload),
         weights={} if wishes.weights is None else parse_weights(wishes.weights),
         max_type_changes=wishes.max_type_changes,

@@ -94,7 +94,7 @@ def solve_request(planner: Planner, limit_factor: float = 1.0) -> Solved:
             "--prefer latency, --max-ram and --min-*-tps need a device profile; run "
             "apreqel profile MODEL first"
         )
-    options = planner.options(planner.profile if request.needs_profile else None)
+    options = planner.options(planner.profile if request.uses_profile else None)
     limits = planner.limits(options, limit_factor)
     asked = {limit.name for limit in limits}
     if request.max_type_changes is not None:
@@ -108,12 +108,22 @@ def solve_request(planner: Planner, limit_factor: float = 1.0) -> Solved:
         return Solved(options, limits, costs, unit, solution, limit_factor)
     # What stock Q4_K_M takes of what is not made small, where no limit on it was asked for.
     by_accuracy = request.prefer == "accuracy"
-    if not request.weights and by_accuracy and not asked & {"--max-size", "--max-ram"}:
+    if (
+        not request.weights
+        and by_accuracy
+        and not asked & {"--max-size", "--target-bpw", "--max-ram"}
+    ):
         name = f"the size of stock {DEFAULT_PRESET} (--max-size)"
         limits.append(options.size_limit(planner.inventory.output_size(planner.stock), name))
     if not request.weights and not by_accuracy and "--max-kld" not in asked:
         name = f"the quality of stock {DEFAULT_PRESET} (--max-kld)"
         limits.append(options.damage_limit(usual, name))
+    speeds = planner.stock_speed_limits(options) if request.is_as_fast_as_stock else []
+    if speeds:
+        # Nobody asked for these: what else was asked for goes first.
+        with suppress(InfeasiblePlanError):
+            within = [*limits, *speeds]
+            return Solved(options, within, costs, unit, solve(costs, within), limit_factor)
     return Solved(options, limits, costs, unit, solve(costs, limits), limit_factor)
 
 

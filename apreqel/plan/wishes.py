@@ -24,6 +24,7 @@ class Wishes:
     ctx: str | None = None
     min_decode: float | None = None
     min_prefill: float | None = None
+    any_speed: bool = False
     workload: str = "512:128"
     pin: list[str] | None = None
     only_types: str | None = None

@@ -20,7 +20,7 @@ import numpy as np
 from apreqel.arrays import Bytes, Floats, Reals, Whole
 from apreqel.artifacts import require_space
 from apreqel.device.machine import detect
-from apreqel.errors import EngineError, ModelFileError
+from apreqel.errors import EngineError, ModelFileError, UnsupportedModelError
 from apreqel.llama.activations import Listener
 from apreqel.llama.engine import Context, LoadedModel
 from apreqel.llama.quants import fake_quantize, read_values
@@ -88,6 +88,22 @@ def context_for(
 def sequences_at_once(n_ctx: int, n_vocab: int, n_chunks: int) -> int:
     """How many chunks go into one decode: about 1,024 tokens, less for a huge vocabulary."""
     return max(1, min(n_chunks, 1024 // n_ctx, _LOGITS_BYTES // (4 * n_vocab * n_ctx)))
+
+
+def require_next_tokens(inventory: Inventory) -> None:
+    """Raise where llama.cpp does not predict next tokens with the model, before any work.
+
+    UnsupportedModelError for projectors, adapters, embedding and diffusion models, EngineError
+    where llama.cpp cannot load it. No weights are read.
+    """
+    path, kind = inventory.files[0], inventory.headers[0].get("general.type", "model")
+    if inventory.architecture == "clip" or kind in ("mmproj", "adapter", "controlvector"):
+        raise UnsupportedModelError(
+            f"{path}: a {kind} for another model, not a language model; only apreqel inspect works"
+        )
+    with LoadedModel(path, simulated=True) as model:
+        if reason := model.why_no_next_tokens():
+            raise UnsupportedModelError(f"{path}: {reason}; it cannot be probed or verified")
 
 
 def scratch_types(inventory: Inventory) -> dict[str, str]:
@@ -222,12 +238,12 @@ class ProbeBench:
     ) -> ReferenceRun:
         """Evaluate the unpatched model and keep its logits in a file in `folder`.
 
-        Of each chunk's scored positions only the `informative_part` with the highest entropy of
+        Of each piece's scored positions only the `informative_part` with the highest entropy of
         the next token is kept.
         """
-        n_vocab, per_chunk = self._context.model.n_vocab, tokens.n_scored // tokens.n_chunks
-        kept = max(1, round(per_chunk * informative_part))
-        shape = tokens.n_chunks, kept, n_vocab
+        n_vocab, per_draw = self._context.model.n_vocab, tokens.n_scored // tokens.n_draws
+        kept = max(1, round(per_draw * informative_part))
+        shape = tokens.n_draws, kept, n_vocab
         require_space(folder, 4 * math.prod(shape), "the reference's logits")
         store = np.memmap(folder / "reference.f32", np.float32, "w+", shape=shape)
         chosen = np.empty(shape[:2], np.intp)
@@ -236,13 +252,14 @@ class ProbeBench:
                 raise EngineError(
                     f"{self._context.model.path}: the unquantised model gives NaN or Inf logits"
                 )
-            entropy = Reference.of(logits, self.pool).entropies(self.pool).reshape(-1, per_chunk)
+            entropy = Reference.of(logits, self.pool).entropies(self.pool).reshape(-1, per_draw)
             best = np.sort(np.argsort(-entropy, axis=1, kind="stable")[:, :kept], axis=1)
-            chunks = slice(rows.start // per_chunk, rows.stop // per_chunk)
-            chosen[chunks] = best
-            by_chunk = logits.reshape(-1, per_chunk, n_vocab)
-            store[chunks] = by_chunk[np.arange(len(best))[:, None], best]
-        scored = replace(tokens, positions=np.take_along_axis(tokens.positions, chosen, axis=1))
+            draws = slice(rows.start // per_draw, rows.stop // per_draw)
+            chosen[draws] = best
+            by_draw = logits.reshape(-1, per_draw, n_vocab)
+            store[draws] = by_draw[np.arange(len(best))[:, None], best]
+        positions = np.take_along_axis(tokens.positions.reshape(-1, per_draw), chosen, axis=1)
+        scored = replace(tokens, positions=positions.reshape(tokens.n_chunks, -1))
         return ReferenceRun(scored, Reference.of(store.reshape(-1, n_vocab), self.pool))
 
     def compare(self, reference: ReferenceRun) -> Comparison:

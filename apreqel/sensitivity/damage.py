@@ -21,14 +21,19 @@ from apreqel.estimates import Z95, Estimate
 from apreqel.model.qtypes import lookup
 from apreqel.sensitivity.measurement import KernelLoss, Probe, Sensitivity, TensorSensitivity
 
-# Spread of log a between types of a tensor, measured on SmolLM2-135M (112 pairs): types with equal
-# errors differ by this much each, and types apart in log error by a part that grows that slowly.
-_BETWEEN_TYPES = 0.10
-_ALONG_ERROR, _ERROR_SCALE = 0.30, 12.0
+# Spread of log a between types of a tensor, measured on SmolLM2-135M with rows of 768 (154 pairs,
+# Q2_K to Q5_K): types with equal errors differ by this much each, and types apart in log error by
+# a part that grows that slowly. Over a factor of 14 in error damage grew as the error does.
+_BETWEEN_TYPES = 0.08
+_BETWEEN_TYPES_OF = {"attn_q": 0.12, "attn_k": 0.2, "attn_v": 0.22}
+_ALONG_ERROR, _ERROR_SCALE = 0.15, 12.0
 # Types of one tensor are probed on the same text, so that most of a probe's noise is common.
 _COMMON_NOISE = 0.9
 # Roles are alike over about this many layers; single tensors differ from their neighbours by this.
 _LAYER_SCALE, _LEAST_ROLE_SPREAD = 2.0, 0.15
+# In these roles a grows with the power of the output; over layers left out, one at a time, that
+# takes the spread of log a from 0.93 to 0.70 (ffn_down), from 0.29 to 0.19 (ffn_gate).
+_BY_POWER = ("ffn_gate", "ffn_up", "ffn_down", "attn_q", "attn_k")
 _UNKNOWN_SPREAD = 2.0
 
 # Rounding in the engine's float32: a divergence below this is not told from none.
@@ -165,6 +170,9 @@ class DamageModel:
         tables: dict[str, dict[str, Damage]] = {}
         for name, tensor in self.tensors.items():
             tables[name] = {}
+            if not tensor.errors.is_run:
+                tables[name] = dict.fromkeys(tensor.errors.weights, Damage(0.0, 0.0, True))
+                continue
             for type_name, error in tensor.errors.weights.items():
                 log_a, deviation = self._posteriors[name][type_name]
                 nats = error * math.exp(log_a) + self._kernel_part(name, type_name)
@@ -178,7 +186,10 @@ class DamageModel:
 
     def _kernel_part(self, name: str, type_name: str) -> float:
         activation = lookup(type_name).activation
-        return self._kernel_factors.get(activation, 1.0) * self._kernel_loss(name, activation)
+        factors = self._kernel_factors
+        usual = factors.get((activation, ""), factors["", ""])
+        factor = factors.get((activation, self.tensors[name].role), usual)
+        return factor * self._kernel_loss(name, activation)
 
     def _kernel_loss(self, name: str, activation: str) -> float:
         """What rounding its activations does to a tensor's share, before scaling."""
@@ -188,23 +199,26 @@ class DamageModel:
         return error * math.exp(self._posteriors[name][f"kernel {activation}"][0])
 
     @cached_property
-    def _kernel_factors(self) -> Mapping[str, float]:
-        """By activation type: loss of whole models, measured over predicted; at most 10."""
-        ratios: dict[str, list[float]] = {}
-        for type_name, loss in self.kernels.items():
+    def _kernel_factors(self) -> Mapping[tuple[str, str], float]:
+        """By activation type and role: the loss of its tensors, measured over predicted.
+
+        At most 10. With the role "" of all tensors; with no activation either, what is usual, as
+        activation types that were not measured round in the same steps.
+        """
+        found: dict[tuple[str, str], float] = {}
+        for key, loss in self.kernels.items():
+            type_name, _, role = key.partition(" ")
             activation = lookup(type_name).activation
             predicted = sum(
                 self._kernel_loss(name, activation)
                 for name, t in self.tensors.items()
-                if type_name in t.errors.weights
+                if type_name in t.errors.weights and role in ("", t.role)
             )
             if predicted > 0:
                 ratio = (loss.real_nats - loss.dequantised_nats) / predicted
-                ratios.setdefault(activation, []).append(min(max(ratio, 0.1), 10.0))
-        found = {activation: float(np.median(values)) for activation, values in ratios.items()}
+                found[activation, role] = min(max(ratio, 0.1), 10.0)
         usual = float(np.median(list(found.values()))) if found else 1.0
-        # Activation types that were not measured round in the same steps.
-        return {a: found.get(a, usual) for a in ("Q8_0", "Q8_1", "Q8_K")}
+        return {("", ""): usual} | found
 
     # -- the process --
 
@@ -223,6 +237,10 @@ class DamageModel:
         errors = np.log([weights[t] for t, _ in kept])
         return [t for t, _ in kept], errors, np.log(levels) - errors, noise
 
+    def _own_part(self, name: str) -> float:
+        """Variance of log a of each type by itself."""
+        return _BETWEEN_TYPES_OF.get(self.tensors[name].role, _BETWEEN_TYPES) ** 2
+
     @cached_property
     def _own_levels(self) -> Mapping[str, float]:
         """log a of the probed tensors, each from its own probes alone."""
@@ -230,7 +248,7 @@ class DamageModel:
         for name in self.tensors:
             types, errors, log_a, noise = self._observed(name)
             if types:
-                covariance = _between(errors, errors) + _noise(noise)
+                covariance = _between(errors, errors, self._own_part(name)) + _noise(noise)
                 weights = np.linalg.solve(covariance, np.ones(len(types)))
                 levels[name] = float(weights @ log_a / weights.sum())
         return levels
@@ -238,10 +256,14 @@ class DamageModel:
     def _prior(self, name: str) -> tuple[float, float]:
         """(mean, variance) of log a from the same role in other layers, near ones first."""
         place = self.tensors[name]
+
+        def usual(other: TensorSensitivity) -> float:
+            return math.log(other.errors.power or 1.0) if other.role in _BY_POWER else 0.0
+
         others = [
-            (abs(self.tensors[other].layer - place.layer), level)
+            (abs(t.layer - place.layer), level - usual(t) + usual(place))
             for other, level in self._own_levels.items()
-            if other != name and self.tensors[other].role == place.role
+            if other != name and (t := self.tensors[other]).role == place.role
         ]
         if len(others) < 3:
             everything = list(self._own_levels.values())
@@ -265,11 +287,12 @@ class DamageModel:
         types, at, log_a, noise = self._observed(name)
         mean, variance = self._prior(name)
         means = np.full(len(x), mean)
-        variances = np.full(len(x), variance + _ALONG_ERROR**2 + _BETWEEN_TYPES**2)
+        own = self._own_part(name)
+        variances = np.full(len(x), variance + _ALONG_ERROR**2 + own)
         if types:
-            own = np.array([[t == known for known in types] for t in wanted]) * _BETWEEN_TYPES**2
-            cross = variance + _between(x, at, own_part=own)
-            gain = np.linalg.solve(variance + _between(at, at) + _noise(noise), cross.T).T
+            same = np.array([[t == known for known in types] for t in wanted])
+            cross = variance + _between(x, at, own * same)
+            gain = np.linalg.solve(variance + _between(at, at, own) + _noise(noise), cross.T).T
             means = mean + gain @ (log_a - mean)
             variances = np.maximum(variances - (gain * cross).sum(axis=1), 1e-6)
         found = zip(means.tolist(), np.sqrt(variances).tolist(), strict=True)
@@ -354,12 +377,13 @@ def _swapped(table: Mapping[str, Damage], swap: Swap) -> Damage:
     return Damage(max(nats, 0.1 * other.nats), other.log_deviation * math.sqrt(1 - weight), True)
 
 
-def _between(a: Doubles, b: Doubles, own_part: Doubles | None = None) -> Doubles:
-    """Covariance of log a between types with log errors `a` and `b`, without the tensor's level."""
-    if own_part is None:  # a against itself
-        own_part = np.eye(len(a)) * _BETWEEN_TYPES**2
+def _between(a: Doubles, b: Doubles, own: float | Doubles) -> Doubles:
+    """Covariance of log a between types with log errors `a` and `b`, without the tensor's level.
+
+    `own` is what types have each by itself: a variance where b is a, else for all pairs.
+    """
     along: Doubles = _ALONG_ERROR**2 * np.exp(-np.abs(a[:, None] - b[None]) / _ERROR_SCALE)
-    return along + own_part
+    return along + (own * np.eye(len(a)) if np.ndim(own) == 0 else own)
 
 
 def _noise(relative: Doubles) -> Doubles:

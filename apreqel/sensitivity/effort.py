@@ -14,14 +14,15 @@ class Effort:
     name: str
     first_chunks: int
     further_per_tensor: float
-    kernel_types: int  # how many of `_KERNEL_TYPES` to measure
+    with_kernels: bool = True  # whether to measure what rounding activations does
+    every_layer: int = 1  # tensors of every n-th layer are probed first
     minutes: float | None = None  # stop then, whatever is left
 
 
 EFFORTS = {
-    "quick": Effort("quick", 4, 0.1, 0),
-    "normal": Effort("normal", 8, 1.25, 3),
-    "thorough": Effort("thorough", 16, 4.0, 3),
+    "quick": Effort("quick", 1, 0.0, with_kernels=False, every_layer=2),
+    "normal": Effort("normal", 1, 0.1),
+    "thorough": Effort("thorough", 2, 2.0),
 }
 
 

@@ -38,7 +38,7 @@ from apreqel.sensitivity.bench import (
 )
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.output_errors import is_slow, sample
-from apreqel.sensitivity.texts import fitting_set, probe_set
+from apreqel.sensitivity.texts import fitting_set
 
 # Added to all columns' second moments, as a part of their median: keeps weights of columns that are
 # hardly used from being moved far (GPTQ's percdamp; by the median, as single columns can be huge).
@@ -108,7 +108,7 @@ class Gptq:
         }
         self._require_factors([self._inventory.by_name[name] for name in qtypes])
         found: dict[str, dict[str, float]] = {}
-        text = probe_set(self._probed.sensitivity.probe_tokens)
+        text = self._probed.sensitivity.probe_text
         text = text.part(slice(min(text.n_chunks, _RATIO_TOKENS // text.n_ctx + 1)))
 
         def listen(name: str, values: Floats, experts: Tokens | None) -> None:

@@ -7,7 +7,7 @@ fifth of the KL divergence at the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -34,10 +34,10 @@ class ImatrixCollector:
             return
         sums, counts = self._found.setdefault(name, (np.zeros((n, row_length)), np.zeros(n)))
         if experts is None:
-            rows = values.reshape(-1, row_length)
-            # float32 within one batch (at most a few thousand rows), float64 across batches.
-            sums[0] += np.einsum("ij,ij->j", rows, rows)
-            counts[0] += len(rows)
+            for matrix, rows in activations_by_matrix(values, n):
+                # float32 within one batch (at most a few thousand rows), float64 across batches.
+                sums[matrix] += np.einsum("ij,ij->j", rows, rows)
+                counts[matrix] += len(rows)
             return
         # values [1, tokens, 1 or experts used, row length]; experts [tokens, experts used]
         squared = np.square(values.reshape(len(experts), -1, row_length))
@@ -59,6 +59,21 @@ class ImatrixCollector:
                 )
             entries[name] = ImatrixEntry(sums.astype(np.float32), counts.astype(np.float32))
         return Imatrix(dict(sorted(entries.items())), datasets, n_chunks, chunk_size)
+
+
+def activations_by_matrix(values: Floats, n: int) -> Iterator[tuple[int, Floats]]:
+    """(matrix, its activations [tokens, row length]) of a product with `n` matrices side by side.
+
+    So are the heads of DeepSeek's latent attention: every matrix sees all tokens, each its own row.
+    `values` [..., matrices or a multiple of them, tokens, row length].
+    """
+    row_length = values.shape[-1]
+    if n == 1 or values.ndim < 3 or values.shape[-3] % n:
+        yield 0, values.reshape(-1, row_length)
+        return
+    by_matrix = values.reshape(-1, *values.shape[-3:])
+    for matrix in range(n):
+        yield matrix, by_matrix[:, matrix::n].reshape(-1, row_length)
 
 
 def n_matrices(inventory: Inventory) -> dict[str, int]:

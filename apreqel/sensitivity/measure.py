@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from apreqel.artifacts import FileMarks, Provenance, file_sha256
-from apreqel.errors import Interrupted
+from apreqel.errors import EngineError, Interrupted
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.model.imatrix import Imatrix, read_imatrix, write_imatrix
@@ -29,7 +29,9 @@ from apreqel.sensitivity.bench import (
     evaluated,
     opened_bench,
     paging_note,
+    require_next_tokens,
     scratch_copy,
+    sequences_at_once,
 )
 from apreqel.sensitivity.effort import EFFORTS, Effort, rank
 from apreqel.sensitivity.imatrix_collection import ImatrixCollector, collect, n_matrices
@@ -48,9 +50,9 @@ from apreqel.workspace import IMATRIX_FILE, Workspace
 
 _PROBES_PER_ROUND = 16
 _SAVE_EVERY_SECONDS = 10.0
-_KERNEL_CHUNKS = 8
-# One type for each way in which kernels round activations.
-_KERNEL_TYPES = ("Q8_0", "Q5_1", "Q6_K")
+_KERNEL_CHUNKS = 1
+# The original against itself; more is not rounding.
+_SAME_NATS = 1e-4
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,9 @@ class ProbeSettings:
     """The text that is measured on; another value means another measurement."""
 
     fitting_chunks: int = 64
-    probe_chunks: int = 32
-    check_chunks: int = 8
+    probe_chunks: int = 16
+    check_chunks: int = 16
     n_ctx: int = 512
-    probe_ctx: int = 64
     seed: int = 0
 
     def split(self, model: LoadedModel, texts: Sequence[Text]) -> Split:
@@ -94,6 +95,7 @@ def measure(
     found = resumable(space, provenance) or Sensitivity(provenance)
     if not _is_enough(found, effort):
         run = _Run(space, settings, effort, found)
+        require_next_tokens(space.inventory)
         space.progress(f"writing the scratch copy{paging_note(space.inventory)}", 0, 1)
         with scratch_copy(space) as scratch:
             run.source.check()
@@ -175,8 +177,13 @@ class _Run:
             self._errors(model, bench, split.probe, half)
             self.keep(now=True)
             reference = bench.reference(split.probe, scratch.parent)
-            itself = bench.compare(reference.part(slice(0, 8)))
+            itself = bench.compare(reference.part(slice(0, 1)))
             self.found = replace(self.found, self_kld_nats=float(itself.kld_nats.mean()))
+            if not abs(self.found.self_kld_nats) <= _SAME_NATS:
+                raise EngineError(
+                    f"{self.space.model}: evaluated twice, it differs from itself by "
+                    f"{self.found.self_kld_nats:.1e} nats; its logits cannot be measured"
+                )
             self._first_probes(bench, reference)
             self._kernels(bench, reference, scratch.parent)
             self.keep(now=True)
@@ -212,7 +219,9 @@ class _Run:
         if self.found.tensors:
             return
         space = self.space
-        listener = OutputErrors(bench, half, self._settings.seed, space.progress)
+        n = sequences_at_once(tokens.n_ctx, model.n_vocab, tokens.n_chunks)
+        tokens = tokens.part(slice(0, n))
+        listener = OutputErrors(bench, tokens, half, self._settings.seed, space.progress)
         with context_for(model, tokens, space.n_threads, listener) as context:
             next(evaluated(context, tokens))
         tensors = {
@@ -222,9 +231,12 @@ class _Run:
         self.found = replace(self.found, tensors=tensors, layer_cosines=listener.layer_cosines)
 
     def _first_probes(self, bench: ProbeBench, reference: ReferenceRun) -> None:
-        """One type of every tensor; spread over the layers, lest time runs out on the way."""
-        tensors = self.found.tensors
-        pairs = [(n, first_type(t.errors.weights)) for n, t in tensors.items() if t.errors.weights]
+        """One type of each tensor; spread over the layers, lest time runs out on the way."""
+        pairs = [
+            (n, first_type(t.errors.weights))
+            for n, t in self.found.tensors.items()
+            if t.errors.weights and t.errors.is_run and t.layer % self._effort.every_layer == 0
+        ]
         ordered = [pair for first in range(4) for pair in pairs[first::4]]
         wanted = [pair for pair in ordered if not self._is_probed(*pair)]
         for i, pair in enumerate(wanted, len(pairs) - len(wanted)):
@@ -235,29 +247,37 @@ class _Run:
         self.space.progress("probing tensors", len(pairs), len(pairs))
 
     def _is_probed(self, name: str, type_name: str) -> bool:
-        known = self.found.tensors[name].probes.get(type_name, Probe())
-        least = min(self._effort.first_chunks, len(self.found.probe_tokens))
+        known, text = self.found.tensors[name].probes.get(type_name, Probe()), self.found.probe_text
+        least = text.part(slice(0, self._effort.first_chunks)).n_draws
         return len(known.kld) >= least or f"{name} {type_name}" in self.found.excluded
 
     def _kernels(self, bench: ProbeBench, reference: ReferenceRun, place: Path) -> None:
-        """Whole models in one type, with dequantised weights and as real files."""
-        inventory, part = self.space.inventory, reference.part(slice(0, _KERNEL_CHUNKS))
-        n_weights = sum(t.n_elements for t in inventory.quantizable)
-        for i, type_name in enumerate(_KERNEL_TYPES[: self._effort.kernel_types]):
-            names = [n for n, t in self.found.tensors.items() if type_name in t.errors.weights]
-            rare = sum(inventory.by_name[n].n_elements for n in names) < n_weights / 4
-            if type_name in self.found.kernels or rare or self._is_late:
+        """What rounding activations does, with dequantised weights and as real files.
+
+        In blocks of 32 it does little, of the whole model; in those of 256 much, and how much
+        differs by role.
+        """
+        found, part = self.found, reference.part(slice(0, _KERNEL_CHUNKS))
+        roles = dict.fromkeys(t.role for t in found.tensors.values())
+        wanted = {"Q8_0": list(found.tensors)} | {
+            f"Q6_K {role}": [n for n, t in found.tensors.items() if t.role == role]
+            for role in roles
+        }
+        for i, (key, names) in enumerate(wanted.items() if self._effort.with_kernels else ()):
+            type_name = key.split()[0]
+            names = [n for n in names if type_name in found.tensors[n].errors.weights]
+            if not names or key in self.found.kernels or self._is_late:
                 continue
-            self.space.progress("measuring what kernels lose", i, self._effort.kernel_types)
+            self.space.progress("measuring what kernels lose", i, len(wanted))
             with bench.installed({n: lookup(type_name) for n in names}):
                 dequantised = float(bench.compare(part).kld_nats.mean())
             real = self._real_file(dict.fromkeys(names, type_name), part, bench, place)
             if np.isfinite([dequantised, real]).all():
-                kernels = {**self.found.kernels, type_name: KernelLoss(dequantised, real)}
+                kernels = {**self.found.kernels, key: KernelLoss(dequantised, real)}
                 self.found = replace(self.found, kernels=kernels)
             else:
                 reason = "the probe gave NaN or Inf"
-                self.found = self.found.excluding(f"all tensors {type_name}", reason)
+                self.found = self.found.excluding(f"all tensors {key}", reason)
 
     def _real_file(
         self, types: Mapping[str, str], part: ReferenceRun, bench: ProbeBench, place: Path
@@ -296,7 +316,9 @@ class _Run:
                     return
                 self.space.progress("probing what decides plans", done, extra)
                 known = self.found.tensors[name].probes.get(type_name)
-                n_chunks = 2 * len(known.kld) if known else self._effort.first_chunks
+                n_chunks = self._effort.first_chunks
+                if known:
+                    n_chunks = 2 * len(known.kld) // reference.tokens.n_pieces
                 self._probe(bench, reference, name, type_name, n_chunks)
                 done += 1
         self.space.progress("probing what decides plans", extra, extra)
@@ -306,14 +328,14 @@ class _Run:
     ) -> None:
         """Probe a pair up to `n_chunks` chunks; not finite twice excludes it."""
         before = self.found.tensors[name].probes.get(type_name, Probe())
-        part = reference.part(slice(len(before.kld), n_chunks))
+        part = reference.part(slice(len(before.kld) // reference.tokens.n_pieces, n_chunks))
         if not part.tokens.n_chunks:
             return
         for _ in range(2):
             result = bench.probe(name, lookup(type_name), part)
             if result.is_finite:
                 kld, change = (
-                    values.reshape(part.tokens.n_chunks, -1).mean(axis=1).tolist()
+                    values.reshape(part.tokens.n_draws, -1).mean(axis=1).tolist()
                     for values in (result.kld_nats, result.nll_change_nats)
                 )
                 probe = Probe([*before.kld, *kld], [*before.nll_change, *change])

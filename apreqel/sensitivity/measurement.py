@@ -22,6 +22,7 @@ from apreqel.estimates import Estimate
 from apreqel.llama.stock import stock_types
 from apreqel.model.imatrix import Coverage, Imatrix, read_imatrix
 from apreqel.model.inventory import Inventory
+from apreqel.sensitivity.texts import TokenSet, probe_set
 from apreqel.workspace import IMATRIX_FILE, Workspace
 
 SENSITIVITY_FILE = "sensitivity.json"
@@ -37,24 +38,26 @@ class TensorErrors:
     |W (X - k(X))|^2 / |W X|^2, what a kernel does that rounds its activations to k (Q8_0, Q8_K).
     For one common type: `heldout_ratio` is the error by the columns' mean squares here over that on
     the imatrix's own text, `half_text_ratio` the error with an imatrix from half the text over that
-    from all; 1 where that was not measured.
+    from all; 1 where that was not measured. `power`: |W X|^2 per token.
     """
 
     weights: Mapping[str, float]
     kernels: Mapping[str, float]
     heldout_ratio: float = 1.0
     half_text_ratio: float = 1.0
+    power: float = 1.0
+    is_run: bool = True  # by any graph of llama.cpp
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One (tensor, type) pair: mean KLD and change of the loss, in nats, by chunk of the text."""
+    """One (tensor, type) pair: mean KLD and change of the loss, in nats, by piece of the text."""
 
     kld: Sequence[float] = ()
     nll_change: Sequence[float] = ()
 
     def estimate(self, metric: str = "kld") -> Estimate:
-        """Over the chunks, which are the independent draws."""
+        """Over the pieces, which are the independent draws."""
         values = np.array(self.kld if metric == "kld" else self.nll_change)
         n = len(values)
         # Few draws tell their own spread badly: the variance of Student's t with n - 1 degrees.
@@ -75,7 +78,7 @@ class TensorSensitivity:
 
 @dataclass(frozen=True)
 class KernelLoss:
-    """A whole model in one type: KLD with dequantised weights, and of the real file."""
+    """Many tensors in one type: KLD with dequantised weights, and of the real file."""
 
     dequantised_nats: float
     real_nats: float
@@ -91,7 +94,7 @@ class Sensitivity(Record):
     coverage: Coverage | None = None
     imatrix_sha256: str = ""
     excluded: Mapping[str, str] = field(default_factory=dict)  # "tensor TYPE" -> reason
-    kernels: Mapping[str, KernelLoss] = field(default_factory=dict)
+    kernels: Mapping[str, KernelLoss] = field(default_factory=dict)  # by "TYPE" or "TYPE role"
     layer_cosines: Sequence[float] = ()
     self_kld_nats: float = 0.0
     seconds: float = 0.0
@@ -109,6 +112,10 @@ class Sensitivity(Record):
     @property
     def n_probes(self) -> int:
         return sum(len(t.probes) for t in self.tensors.values())
+
+    @cached_property
+    def probe_text(self) -> TokenSet:
+        return probe_set(self.probe_tokens)
 
     @cached_property
     def digest(self) -> str:
@@ -133,7 +140,7 @@ class Sensitivity(Record):
         """Raise CalibrationError where there is nothing to tell a tensor's damage from."""
         roles = {t.role for t in self.tensors.values() if t.probes}
         for name, tensor in self.tensors.items():
-            if tensor.errors.weights and tensor.role not in roles:
+            if tensor.errors.weights and tensor.errors.is_run and tensor.role not in roles:
                 raise CalibrationError(
                     f"tensor {name}: neither it nor its like was probed; run apreqel probe again, "
                     "with more --minutes"

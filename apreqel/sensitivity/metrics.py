@@ -22,6 +22,9 @@ from apreqel.estimates import Z95, Estimate
 # Rows compared at a time: 8 rows of a 256k vocabulary in float32 are 8 MB, near a cache's size.
 _ROWS_AT_ONCE = 8
 
+# Beyond this exp overflows in float32 once summed.
+_MOST_EXPONENT = 60.0
+
 # Where a rival is the reference itself, a ratio to it is taken to this.
 _LEAST_NATS = 1e-9
 
@@ -110,11 +113,15 @@ def compare(
         d -= (_row_dots(p, d) / p.sum(axis=1))[:, None]
         rest = _row_dots(p, d).astype(np.float64)  # what rounding left of sum(p d)
         d_next = d[index, next_tokens[rows]].astype(np.float64)
-        grown = np.exp(d)
+        most = d.max(axis=1)
+        grown = np.exp(np.minimum(d, _MOST_EXPONENT))
         grown -= 1
         grown -= d
         # log sum(p exp(d)), with the first-order part, which is all rounding, taken out of the sum
         log_sum = np.log1p(_row_dots(p, grown).astype(np.float64) + rest)
+        for row in np.flatnonzero(most > _MOST_EXPONENT):  # far apart: nothing cancels there
+            log_p = (r[row] - reference.log_sum[rows][row]).astype(np.float64)
+            log_sum[row] = np.logaddexp.reduce(log_p + d[row])
         kld[rows] = log_sum - rest
         change[rows] = log_sum - d_next
         nll[rows] = log_sum - d_next - log_p_next

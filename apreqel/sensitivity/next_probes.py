@@ -26,7 +26,7 @@ def decisive_pairs(
 ) -> list[tuple[str, str]]:
     """At most `count` (tensor, type) pairs not yet probed on the whole text, the best first."""
     model = damage_model(sensitivity)
-    tensors = [inventory.by_name[name] for name in sensitivity.tensors]
+    tensors = [inventory.by_name[n] for n in sensitivity.tensors if sensitivity.usable_types(n)]
     rows = [(t, sensitivity.usable_types(t.name)) for t in tensors]
     sizes = [np.array([lookup(k).size_bytes(t.shape) for k in kinds], float) for t, kinds in rows]
     tables = [[model.damage(t.name, k) for k in kinds] for t, kinds in rows]
@@ -50,7 +50,7 @@ def decisive_pairs(
 
     def is_open(pair: tuple[str, str]) -> bool:
         known = sensitivity.tensors[pair[0]].probes.get(pair[1])
-        return known is None or len(known.kld) < len(sensitivity.probe_tokens)
+        return known is None or len(known.kld) < sensitivity.probe_text.n_draws
 
     best = sorted((p for p in gains if is_open(p)), key=lambda p: -gains[p])[:count]
     return [pair for pair in best if gains[pair] > _SETTLED]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
 
 HELDOUT_NAME = "heldout.txt"
 
-# Fewer long chunks than this cannot be shared out between three uses.
-_LEAST_STRETCHES = 8
-_PROBE_STRIDE = 8
+# Fewer chunks than this cannot be shared out between three uses.
+_LEAST_CHUNKS = 8
+# Tokens of one piece of the probe text: many short pieces say more than a few long ones, as how
+# much a tensor matters differs from place to place of a text far more than from token to token.
+_PIECE = 64
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class TokenSet:
     """Independent chunks `tokens` [chunks, tokens per chunk], scored at `positions`.
 
     `positions` [chunks, scored per chunk] ascend in each row; the last token of a chunk, which has
-    no next one, is never among them.
+    no next one, is never among them. A chunk may be put together of `n_pieces` from other places
+    of the text, each scored at as many positions.
     """
 
     name: str
     tokens: Tokens
     positions: Tokens
+    n_pieces: int = 1
 
     @staticmethod
     def scored_from(first: int, name: str, tokens: Tokens) -> TokenSet:
@@ -61,7 +65,7 @@ class TokenSet:
 
     def part(self, chunks: slice | Tokens) -> TokenSet:
         """Some of the chunks."""
-        return TokenSet(self.name, self.tokens[chunks], self.positions[chunks])
+        return replace(self, tokens=self.tokens[chunks], positions=self.positions[chunks])
 
     @property
     def n_chunks(self) -> int:
@@ -74,6 +78,11 @@ class TokenSet:
     @property
     def n_scored(self) -> int:
         return int(self.positions.size)
+
+    @property
+    def n_draws(self) -> int:
+        """How many places of the text it shows."""
+        return self.n_chunks * self.n_pieces
 
     @property
     def next_tokens(self) -> Tokens:
@@ -129,12 +138,16 @@ def chunks_of(model: LoadedModel, texts: Sequence[Text], n_ctx: int) -> Tokens:
     return np.ascontiguousarray(chunks, np.int32)
 
 
+def _n_tokens(model: LoadedModel, texts: Sequence[Text]) -> int:
+    return sum(len(model.tokenize(text.content)) for text in texts)
+
+
 @dataclass(frozen=True)
 class Split:
     """Disjoint parts of the calibration text.
 
-    `fitting` is what the imatrix is collected on, `probe` holds short chunks from many places for
-    the damage of single tensors, `check` long ones for whole quantised files.
+    `fitting` is what the imatrix is collected on, `probe` what single tensors' damage is measured
+    on, `check` for whole quantised files.
     """
 
     fitting: TokenSet
@@ -147,40 +160,50 @@ def split_for_calibration(
     texts: Sequence[Text],
     *,
     fitting_chunks: int = 64,
-    probe_chunks: int = 32,
-    check_chunks: int = 8,
+    probe_chunks: int = 16,
+    check_chunks: int = 16,
     n_ctx: int = 512,
-    probe_ctx: int = 64,
 ) -> Split:
     """Disjoint sets, each spread evenly over all texts; as many chunks as asked, or there are.
 
-    The text is cut into stretches of one long chunk and a short one behind it: short ones are
-    probed on. Many short chunks say more than a few long ones: how much a tensor matters differs
-    from place to place of a text far more than from position to position.
-
+    Where there are too few for all, at most a quarter is checked on, and a quarter probed on.
     Raises CalibrationError where the texts are too short, with the tokens needed and found.
     """
     if model.context_length:
         n_ctx = min(n_ctx, model.context_length)
-    stretches = chunks_of(model, texts, n_ctx + probe_ctx)
+    chunks = chunks_of(model, texts, n_ctx)
     name = ", ".join(text.name for text in texts) or "no text"
-    if len(stretches) < _LEAST_STRETCHES:
+    if len(chunks) < _LEAST_CHUNKS:
         raise CalibrationError(
-            f"{name}: {len(stretches) * (n_ctx + probe_ctx)} tokens; at least "
-            f"{_LEAST_STRETCHES * (n_ctx + probe_ctx)} are needed to calibrate; give more text"
+            f"{name}: {_n_tokens(model, texts)} tokens; at least {_LEAST_CHUNKS * n_ctx} are "
+            "needed to calibrate; give more text"
         )
-    checked = spread(len(stretches), min(check_chunks, len(stretches) // 4))
-    rest = np.delete(stretches, checked, axis=0)
-    probe = rest[spread(len(rest), probe_chunks), n_ctx:].copy()
-    # Neighbours in the text differ least: any first few of these come from far apart.
-    probe = np.concatenate([probe[i::_PROBE_STRIDE] for i in range(_PROBE_STRIDE)])
-    if model.bos_token is not None:
-        probe[:, 0] = model.bos_token
+    checked = spread(len(chunks), min(check_chunks, len(chunks) // 4))
+    rest = np.delete(chunks, checked, axis=0)
+    probed = spread(len(rest), min(probe_chunks, len(chunks) // 4))
+    left = np.delete(rest, probed, axis=0)
     return Split(
-        fitting_set(rest[spread(len(rest), fitting_chunks), :n_ctx], name),
-        probe_set(probe, name),
-        check_set(stretches[checked, :n_ctx], name),
+        fitting_set(left[spread(len(left), fitting_chunks)], name),
+        probe_set(_mixed(rest[probed], model.bos_token is not None), name),
+        check_set(chunks[checked], name),
     )
+
+
+def _mixed(chunks: Tokens, has_bos: bool) -> Tokens:
+    """The chunks with their pieces dealt out, so that each holds some from all over the text."""
+    n_pieces, length = _pieces_of(chunks.shape[1])
+    step = max(1, len(chunks) // n_pieces)
+    mixed: Tokens = chunks.copy()
+    for i in range(n_pieces):
+        part = slice(max(i * length, int(has_bos)), (i + 1) * length)
+        mixed[:, part] = np.roll(chunks[:, part], i * step, axis=0)
+    return mixed
+
+
+def _pieces_of(n_ctx: int) -> tuple[int, int]:
+    """How many pieces a chunk of the probe text has, and their tokens."""
+    n_pieces = max(1, n_ctx // _PIECE)
+    return n_pieces, n_ctx // n_pieces
 
 
 def fitting_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet:
@@ -191,10 +214,17 @@ def fitting_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenS
 def probe_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet:
     """`Split.probe` from its chunks.
 
-    Positions with almost no context say little about the text: the first 1/16 are left out.
+    The first piece of several is not scored: near the start of a context, with its huge
+    activations, tensors matter otherwise than later on (SmolLM2-135M: up to four times as much in
+    the FFN of early layers, two thirds in q and k). Nor are of a piece the first eighth, where the
+    text is new, and the last token, after which another piece begins.
     """
     tokens = np.ascontiguousarray(chunks, np.int32)
-    return TokenSet.scored_from(tokens.shape[1] // 16, name, tokens)
+    n_pieces, length = _pieces_of(tokens.shape[1])
+    scored = np.arange(n_pieces)[min(1, n_pieces - 1) :]
+    row = length * scored[:, None] + np.arange(length // 8, length - 1)
+    positions = np.tile(row.reshape(-1).astype(np.int32), (len(tokens), 1))
+    return TokenSet(name, tokens, positions, len(scored))
 
 
 def check_set(chunks: npt.ArrayLike, name: str = "calibration text") -> TokenSet:
@@ -218,7 +248,7 @@ def verification_set(model: LoadedModel, text: Text, n_ctx: int, n_scored: int) 
     chunks = chunks_of(model, [text], n_ctx)
     if len(chunks) < wanted:
         raise CalibrationError(
-            f"{text.name}: {len(chunks) * n_ctx} tokens; scoring {n_scored} needs "
+            f"{text.name}: {_n_tokens(model, [text])} tokens; scoring {n_scored} needs "
             f"{wanted * n_ctx}; give a longer text or score fewer tokens"
         )
     return check_set(chunks[spread(len(chunks), wanted)], text.name)

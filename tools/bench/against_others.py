@@ -1,0 +1,143 @@
+"""Real files at the sizes of stock presets, ours beside others': KL divergence, same imatrix, text.
+
+    python tools/bench/against_others.py MODEL.gguf --text wikitext2-test.txt [--peer NAME=FOLDER]
+
+MODEL must have been probed and, for plans as fast as stock, profiled. For each preset: our plan of
+at most its bytes, the closest and one as fast as the preset, the preset's file, the map of least
+output error, and the file PRESET.gguf of every peer's folder, all on the same positions.
+`--unchecked` takes plans as solved, without measuring them and their rivals first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from apreqel import pipeline, quantize
+from apreqel.console.terminal import Reporter
+from apreqel.device.profiling import profile_for
+from apreqel.evaluate.confirm import least_error
+from apreqel.evaluate.presets import build_preset
+from apreqel.evaluate.text_run import on_text
+from apreqel.plan.request import PlanRequest
+from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
+from apreqel.sensitivity.metrics import estimate, ratio_interval
+from apreqel.sensitivity.texts import read_text, verification_set
+
+PRESETS = ["Q3_K_M", "Q4_K_M", "Q5_K_M", "Q6_K"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One file, and our closest plan's KLD over its own, paired, with the 95% interval."""
+
+    size_of: str
+    file: str
+    n_bytes: int
+    kld: float
+    kld_p999: float
+    top1: float
+    ours_over_it: tuple[float, float, float]
+    predicted: float | None = None
+
+
+def write(probed: ProbedModel, label: str, types: Mapping[str, str], records: list[bytes]) -> Path:
+    path = probed.space.folder / f"bench-{label.replace(' ', '-')}.gguf"
+    quantize.quantize_model(
+        probed.inventory,
+        types,
+        path,
+        imatrix=probed.imatrix,
+        extra_metadata=records,
+        n_threads=probed.space.n_threads,
+        force=True,
+        allow_requantize=True,
+    )
+    return path
+
+
+def files(
+    probed: ProbedModel, preset: str, args: argparse.Namespace
+) -> Iterator[tuple[str, Path, float | None]]:
+    """(label, file, predicted KLD) of one size; ours, the closest, first."""
+    stock = build_preset(probed.space, preset, probed.imatrix)
+    n_bytes = stock.stat().st_size
+    profile = profile_for(probed.space, None, needed=False)
+    asked = {"closest": PlanRequest(max_size_bytes=n_bytes, any_speed=True)}
+    if profile is not None:
+        asked["as fast"] = replace(asked["closest"], any_speed=False)
+    for label, request in asked.items():
+        plan_path = probed.space.folder / f"bench-{preset}-{label.replace(' ', '-')}.json"
+        made, _ = pipeline.plan(
+            probed, request, profile, output=plan_path, check=not args.unchecked
+        )
+        path = write(probed, f"{preset} {label}", made.types, made.extra_metadata())
+        yield f"apreqel, {label}", path, made.damage_nats
+        records = made.extra_metadata()
+    yield f"stock {preset}", stock, None
+    planner = pipeline.planner_of(probed, asked["closest"], None)
+    options = planner.options(None)
+    types = probed.inventory.types | least_error(planner, options, [options.size_limit(n_bytes)])
+    yield "least output error", write(probed, f"{preset} least error", types, records), None
+    for peer in args.peer:
+        name, _, folder = peer.partition("=")
+        yield name, Path(folder) / f"{preset}.gguf", None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, default=8160)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--presets", nargs="*", default=PRESETS)
+    parser.add_argument("--peer", action="append", default=[])
+    parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    text, rows = read_text(args.text), []
+    with pipeline.open_workspace(
+        args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
+    ) as space:
+        probed = require_probed_model(space)
+        with on_text(
+            space, lambda model: verification_set(model, text, 512, args.tokens), 512
+        ) as run:
+            for preset in args.presets:
+                ours = None
+                for label, path, predicted in files(probed, preset, args):
+                    found = run.compare(path)
+                    klds = found.kld_nats
+                    ours = klds if ours is None else ours
+                    row = Row(
+                        preset,
+                        label,
+                        path.stat().st_size,
+                        estimate(klds, run.tokens.n_chunks).mean,
+                        float(np.quantile(klds, 0.999)),
+                        float(found.same_top1.mean()),
+                        ratio_interval(ours, klds, run.tokens.n_chunks),
+                        predicted,
+                    )
+                    rows.append(row)
+                    ratio, low, high = row.ours_over_it
+                    print(
+                        f"{preset:7} {label:20} {row.n_bytes:>12,} bytes  KLD {row.kld:.5f}  99.9% "
+                        f"{row.kld_p999:.3f}  top-1 {row.top1:.1%}  ours / it {ratio:.3f} "
+                        f"({low:.3f} to {high:.3f})"
+                        + (f"  predicted {predicted:.5f}" if predicted else ""),
+                        flush=True,
+                    )
+                    if path.name.startswith("bench-"):
+                        path.unlink()
+    if args.json:
+        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
