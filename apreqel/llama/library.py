@@ -231,7 +231,7 @@ def c_call() -> Iterator[list[int]]:
         return
     before = {
         number: signal.signal(number, lambda number, _frame: noted.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     }
     try:
         yield noted

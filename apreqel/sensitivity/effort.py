@@ -21,7 +21,7 @@ class Effort:
 
 EFFORTS = {
     "quick": Effort("quick", 1, 0.0, with_kernels=False, every_layer=2),
-    "normal": Effort("normal", 1, 0.1),
+    "normal": Effort("normal", 1, 0.05),
     "thorough": Effort("thorough", 2, 2.0),
 }
 
