@@ -212,10 +212,10 @@ def test_what_killed_runs_left_is_swept_under_the_lock(llama_model: Path, tmp_pa
     for name in ("scratch-a1b2c3d_", "text-00000000", "measured-abcdefgh", "my-notes"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.gguf").write_bytes(b"left")
-    (tmp_path / "scratch-elsewher").symlink_to(tmp_path / "my-notes")
+    (tmp_path / "scratch-elsewhere").symlink_to(tmp_path / "my-notes")
     with opened(str(llama_model), tmp_path, allow_requantize=False):
         left = {path.name for path in tmp_path.iterdir() if path.is_dir()}
-    assert left == {"my-notes", "scratch-elsewher"}
+    assert left == {"my-notes", "scratch-elsewhere"}
 
 
 def test_memory_that_does_not_hold_the_model(
