@@ -136,7 +136,6 @@ def plan(
     from apreqel.device.profiling import profile_for
     from apreqel.plan.plan import Plan
     from apreqel.plan.request import request_of, require_compatible
-    from apreqel.sensitivity.bench import require_next_tokens
     from apreqel.sensitivity.effort import effort_from
     from apreqel.sensitivity.measurement import probed_model
 
@@ -149,7 +148,6 @@ def plan(
     metric, refine = wishes.metric, wishes.refine
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         request = request_of(wishes, space.inventory)
-        require_next_tokens(space.inventory)
         profile = profile_for(space, wishes.device, needed=request.uses_profile)
         probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
         asked = probed, request, profile

@@ -60,10 +60,15 @@ def open_workspace(
     allow_requantize: bool,
     progress: Progress,
 ) -> Iterator[Workspace]:
-    """`workspace.opened`; without `n_threads` as many as a profile of this device was tuned to."""
+    """`workspace.opened`, of a model that predicts next tokens, as all that is measured here needs.
+
+    Without `n_threads` as many as a profile of this device was tuned to. Raises what
+    `require_next_tokens` raises.
+    """
     with workspace.opened(
         name, folder, allow_requantize=allow_requantize, progress=progress
     ) as space:
+        require_next_tokens(space.inventory)
         yield with_threads(space, n_threads)
 
 
@@ -152,11 +157,11 @@ def _plan(
     if request.longest_context:
         planner = with_longest_context(planner)
     made = confirmed_plan(planner, bench) if bench else make_plan(planner, solve_request(planner))
+    if bench and (refine or (refine is None and is_worthwhile(planner, made))):
+        _write_plan(made, path, space.inventory)  # to be had if refining is broken off
+        made = _refined(planner, made, bench, asked=bool(refine))
     made = replace(made, notes=[*made.notes, *speed_notes(planner, made)])
     _write_plan(made, path, space.inventory)
-    if bench and (refine or (refine is None and is_worthwhile(planner, made))):
-        made = _refined(planner, made, bench, asked=bool(refine))
-        _write_plan(made, path, space.inventory)
     return made, path
 
 
@@ -371,7 +376,6 @@ def auto(
     require_presets(trial.against)
     output = output or default_output(space, request.prefer)
     quantize.check_output(space.inventory, output, force or _ours(output) is not None)
-    require_next_tokens(space.inventory)
     profile = load_named(device) if device else profile_of(space)
     probed = probe(space, effort=effort, texts=texts)
     made, plan_path = plan(probed, request, profile)

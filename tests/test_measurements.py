@@ -30,7 +30,7 @@ from support import (
     workspace,
 )
 
-from apreqel import quantize
+from apreqel import pipeline, quantize
 from apreqel.artifacts import plain
 from apreqel.device import machine as device
 from apreqel.errors import (
@@ -108,10 +108,13 @@ def test_every_tensor_is_probed(probed: ProbedModel) -> None:
     assert len(found.layer_cosines) == 1 and all(0.2 < c < 0.999 for c in found.layer_cosines)
 
 
-def test_what_predicts_no_next_token_is_refused_before_any_work(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sensitivity, "scratch_copy", fail)
+def test_what_predicts_no_next_token_is_refused_before_any_work(tmp_path: Path) -> None:
+    def start(path: Path) -> None:
+        with pipeline.open_workspace(
+            str(path), folder=tmp_path / "w", allow_requantize=True, progress=fail
+        ):
+            pass
+
     kinds = {
         "gives embeddings": models.build_bert(tmp_path / "bert.gguf"),
         "a diffusion model": models.build(
@@ -120,7 +123,7 @@ def test_what_predicts_no_next_token_is_refused_before_any_work(
     }
     for reason, path in kinds.items():
         with pytest.raises(UnsupportedModelError, match=f"{path.name}: {reason}"):
-            measure(read_inventory(path), tmp_path)
+            start(path)
     # What is no model at all is named by the user's path, not by that of a copy.
     writer = gguf.GGUFWriter(str(tmp_path / "mmproj.gguf"), "clip")
     writer.add_type("mmproj")
@@ -130,7 +133,7 @@ def test_what_predicts_no_next_token_is_refused_before_any_work(
     writer.write_tensors_to_file()
     writer.close()
     with pytest.raises(UnsupportedModelError, match=r"mmproj.gguf: a mmproj for another model"):
-        measure(read_inventory(tmp_path / "mmproj.gguf"), tmp_path)
+        start(tmp_path / "mmproj.gguf")
 
 
 def test_zeros_are_right_in_every_type_and_what_overflows_is_left_out(tmp_path: Path) -> None:

@@ -15,13 +15,7 @@ import numpy as np
 from apreqel.artifacts import require_space
 from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
 from apreqel.llama.engine import Context, LoadedModel
-from apreqel.sensitivity.bench import (
-    ReferenceRun,
-    compared,
-    evaluated,
-    require_next_tokens,
-    sequences_at_once,
-)
+from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated, sequences_at_once
 from apreqel.sensitivity.metrics import Comparison, Reference
 from apreqel.sensitivity.texts import TokenSet
 from apreqel.workspace import Workspace
@@ -49,7 +43,6 @@ def on_text(
 
     Its logits are kept in a file in the work folder meanwhile. Raises EngineError.
     """
-    require_next_tokens(space.inventory)
     space.folder.mkdir(parents=True, exist_ok=True)
     with (
         TemporaryDirectory(prefix="text-", dir=space.folder) as scratch,

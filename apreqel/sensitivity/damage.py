@@ -248,7 +248,8 @@ class DamageModel:
         for name in self.tensors:
             types, errors, log_a, noise = self._observed(name)
             if types:
-                covariance = _between(errors, errors, self._own_part(name)) + _noise(noise)
+                own = self._own_part(name) * np.eye(len(types))
+                covariance = _along(errors, errors) + own + _noise(noise)
                 weights = np.linalg.solve(covariance, np.ones(len(types)))
                 levels[name] = float(weights @ log_a / weights.sum())
         return levels
@@ -291,8 +292,9 @@ class DamageModel:
         variances = np.full(len(x), variance + _ALONG_ERROR**2 + own)
         if types:
             same = np.array([[t == known for known in types] for t in wanted])
-            cross = variance + _between(x, at, own * same)
-            gain = np.linalg.solve(variance + _between(at, at, own) + _noise(noise), cross.T).T
+            cross = variance + _along(x, at) + own * same
+            covariance = variance + _along(at, at) + own * np.eye(len(types)) + _noise(noise)
+            gain = np.linalg.solve(covariance, cross.T).T
             means = mean + gain @ (log_a - mean)
             variances = np.maximum(variances - (gain * cross).sum(axis=1), 1e-6)
         found = zip(means.tolist(), np.sqrt(variances).tolist(), strict=True)
@@ -377,13 +379,13 @@ def _swapped(table: Mapping[str, Damage], swap: Swap) -> Damage:
     return Damage(max(nats, 0.1 * other.nats), other.log_deviation * math.sqrt(1 - weight), True)
 
 
-def _between(a: Doubles, b: Doubles, own: float | Doubles) -> Doubles:
-    """Covariance of log a between types with log errors `a` and `b`, without the tensor's level.
+def _along(a: Doubles, b: Doubles) -> Doubles:
+    """Covariance of log a between types with log errors `a` and `b`.
 
-    `own` is what types have each by itself: a variance where b is a, else for all pairs.
+    Without the tensor's level, and what each type has by itself.
     """
     along: Doubles = _ALONG_ERROR**2 * np.exp(-np.abs(a[:, None] - b[None]) / _ERROR_SCALE)
-    return along + (own * np.eye(len(a)) if np.ndim(own) == 0 else own)
+    return along
 
 
 def _noise(relative: Doubles) -> Doubles:

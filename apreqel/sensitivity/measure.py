@@ -29,7 +29,6 @@ from apreqel.sensitivity.bench import (
     evaluated,
     opened_bench,
     paging_note,
-    require_next_tokens,
     scratch_copy,
     sequences_at_once,
 )
@@ -95,7 +94,6 @@ def measure(
     found = resumable(space, provenance) or Sensitivity(provenance)
     if not _is_enough(found, effort):
         run = _Run(space, settings, effort, found)
-        require_next_tokens(space.inventory)
         space.progress(f"writing the scratch copy{paging_note(space.inventory)}", 0, 1)
         with scratch_copy(space) as scratch:
             run.source.check()

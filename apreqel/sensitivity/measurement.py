@@ -166,9 +166,17 @@ class ProbedModel:
         settings = {**made.settings, "imatrix_sha256": self.sensitivity.imatrix_sha256}
         return Provenance(made.model_sha256, made.llama_build, settings=settings)
 
+    @cached_property
+    def _stock(self) -> dict[str, dict[str, str]]:
+        """By preset, what llama.cpp was asked already: it reads the header each time."""
+        return {}
+
     def stock_types(self, preset: str) -> dict[str, str]:
         """What llama.cpp's preset makes of every tensor, with this imatrix. Raises EngineError."""
-        return stock_types(self.space.model, preset, has_imatrix_for=list(self.sensitivity.tensors))
+        if preset not in self._stock:
+            names = list(self.sensitivity.tensors)
+            self._stock[preset] = stock_types(self.space.model, preset, has_imatrix_for=names)
+        return self._stock[preset]
 
 
 def probed_model(space: Workspace) -> ProbedModel | None:

@@ -108,9 +108,11 @@ class OutputErrors:
         squared = {q.name: np.zeros(2) for q in qtypes}
         rounding = {q.activation: np.zeros(2) for q in qtypes}
         ratios, power = [], 0.0
-        if experts is not None or tensor.n_experts == 1:
+        if experts is None and tensor.n_experts > 1:  # matrices side by side
+            n_tokens = values.shape[-2]
+        else:
             values, experts = self._within_text(values, experts)
-        n_tokens = len(values) if experts is not None or tensor.n_experts == 1 else values.shape[-2]
+            n_tokens = len(values)
         for expert, x in activations_by_expert(values, experts, tensor.n_experts):
             share = len(x) / n_tokens
             x = x[sample(random, len(x), -(-_TOKENS // tensor.n_experts) + 1)]
@@ -121,10 +123,11 @@ class OutputErrors:
             power += share * per_matrix * output.mean() / len(x)
             bias_counts = _BIAS_COUNTS.get(tensor.role, 1.0)
             wrong = partial(_row_errors, w, x, columns, bias_counts)
-            usual = wrong(lookup(first_type(squared))) if qtypes else output
-            for q, rows_wrong in zip(qtypes, bench.pool.map(wrong, qtypes), strict=True):
-                whole = rows_wrong.sum()
+            rows_wrong = dict(zip(squared, bench.pool.map(wrong, qtypes), strict=True))
+            for q in qtypes:
+                whole = rows_wrong[q.name].sum()
                 if is_slow(q):  # on few rows only the ratio to another type's error is sure
+                    usual = rows_wrong[first_type(squared)]
                     whole *= usual.sum() / (usual[::_SLOW_STEP].sum() or 1.0)
                 squared[q.name] += whole, output.sum()
             for activation, sums in rounding.items():
