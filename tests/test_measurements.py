@@ -60,7 +60,13 @@ from apreqel.sensitivity import imatrix_collection
 from apreqel.sensitivity import measure as sensitivity
 from apreqel.sensitivity.effort import Effort
 from apreqel.sensitivity.kv_cache import cache_sensitivity
-from apreqel.sensitivity.measurement import ProbedModel, Sensitivity
+from apreqel.sensitivity.measure import first_pairs
+from apreqel.sensitivity.measurement import (
+    ProbedModel,
+    Sensitivity,
+    TensorErrors,
+    TensorSensitivity,
+)
 from apreqel.sensitivity.output_errors import activations_by_expert, mean_cosine
 from apreqel.sensitivity.texts import (
     TokenSet,
@@ -333,6 +339,22 @@ def test_more_effort_builds_on_less(llama_model: Path, tmp_path: Path) -> None:
 
 def fail(what: str, done: int, total: int) -> None:
     raise AssertionError(f"nothing is left to do, but: {what}")
+
+
+def test_a_role_of_odd_layers_alone_is_probed_with_little_effort() -> None:
+    """As mixtures have that are dense in every other layer."""
+    errors = TensorErrors({"Q4_0": 0.01, "Q8_0": 1e-5}, {})
+    tensors = {
+        f"blk.{i}.{role}": TensorSensitivity(role, i, errors)
+        for i in range(8)
+        for role in ("attn_q", "ffn_up_exps" if i % 2 else "ffn_up")
+    }
+    idle = replace(errors, is_run=False)
+    tensors["blk.8.nextn"] = TensorSensitivity("nextn", 8, idle)
+    assert first_pairs(tensors, 1) == [(n, "Q4_0") for n in tensors if n != "blk.8.nextn"]
+    half = [name for name, _ in first_pairs(tensors, 2)]
+    assert [n for n in half if "exps" in n] == ["blk.1.ffn_up_exps", "blk.5.ffn_up_exps"]
+    assert len(half) == 8
 
 
 def test_time_runs_out_and_the_rest_is_told_from_neighbours(

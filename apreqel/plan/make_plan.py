@@ -101,17 +101,11 @@ def speed_notes(planner: Planner, made: Plan) -> Iterator[str]:
     free = replace(planner, request=replace(planner.request, any_speed=True))
     solved = solve_request(free)
     types = planner.inventory.types | solved.options.types_of(solved.solution)
-    types.pop(CACHES, None)
     speed = planner.speed(planner.running, types)
     here, there = (planner.damage.predicted(t, made.gptq).nats for t in (made.types, types))
     if speed is not None and there < here:
-        decode, prefill = (
-            b.value / a.value
-            for a, b in (
-                (made.speed.decode, speed.decode),
-                (made.speed.prefill, speed.prefill),
-            )
-        )
+        decode = speed.decode.value / made.speed.decode.value
+        prefill = speed.prefill.value / made.speed.prefill.value
         yield (
             "as fast as the stock preset of its size; with --any-speed "
             f"{1 - there / here:.0%} less KL divergence is predicted, at {decode:.2f} x its decode "

@@ -15,7 +15,7 @@ class Effort:
     first_chunks: int
     further_per_tensor: float
     with_kernels: bool = True  # whether to measure what rounding activations does
-    every_layer: int = 1  # tensors of every n-th layer are probed first
+    every_layer: int = 1  # of a role every n-th tensor is probed first
     minutes: float | None = None  # stop then, whatever is left
 
 

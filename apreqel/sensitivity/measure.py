@@ -8,6 +8,7 @@ about them could change plans (`next_probes`). The run returns a frozen record, 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -128,6 +129,22 @@ def resumable(space: Workspace, provenance: Provenance) -> Sensitivity | None:
     return found if file_sha256(imatrix) == found.imatrix_sha256 else None
 
 
+def first_pairs(
+    tensors: Mapping[str, TensorSensitivity], every_layer: int
+) -> list[tuple[str, str]]:
+    """(tensor, type) of the first probes: of each role the first tensor and every n-th after it.
+
+    By role and not by layer, as models may have a role in odd layers only.
+    """
+    pairs, seen = [], Counter[str]()
+    for name, tensor in tensors.items():
+        if tensor.errors.weights and tensor.errors.is_run:
+            if seen[tensor.role] % every_layer == 0:
+                pairs.append((name, first_type(tensor.errors.weights)))
+            seen[tensor.role] += 1
+    return pairs
+
+
 class _Run:
     """One measurement: `found` is the record so far, a new one with everything that is measured."""
 
@@ -230,11 +247,7 @@ class _Run:
 
     def _first_probes(self, bench: ProbeBench, reference: ReferenceRun) -> None:
         """One type of each tensor; spread over the layers, lest time runs out on the way."""
-        pairs = [
-            (n, first_type(t.errors.weights))
-            for n, t in self.found.tensors.items()
-            if t.errors.weights and t.errors.is_run and t.layer % self._effort.every_layer == 0
-        ]
+        pairs = first_pairs(self.found.tensors, self._effort.every_layer)
         ordered = [pair for first in range(4) for pair in pairs[first::4]]
         wanted = [pair for pair in ordered if not self._is_probed(*pair)]
         for i, pair in enumerate(wanted, len(pairs) - len(wanted)):

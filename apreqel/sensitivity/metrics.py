@@ -113,13 +113,13 @@ def compare(
         d -= (_row_dots(p, d) / p.sum(axis=1))[:, None]
         rest = _row_dots(p, d).astype(np.float64)  # what rounding left of sum(p d)
         d_next = d[index, next_tokens[rows]].astype(np.float64)
-        most = d.max(axis=1)
-        grown = np.exp(np.minimum(d, _MOST_EXPONENT))
-        grown -= 1
-        grown -= d
-        # log sum(p exp(d)), with the first-order part, which is all rounding, taken out of the sum
-        log_sum = np.log1p(_row_dots(p, grown).astype(np.float64) + rest)
-        for row in np.flatnonzero(most > _MOST_EXPONENT):  # far apart: nothing cancels there
+        with np.errstate(over="ignore", invalid="ignore"):
+            grown = np.exp(d)
+            grown -= 1
+            grown -= d
+            # log sum(p exp(d)), its first-order part, which is all rounding, taken out of the sum
+            log_sum = np.log1p(_row_dots(p, grown).astype(np.float64) + rest)
+        for row in np.flatnonzero(d.max(axis=1) > _MOST_EXPONENT):  # far apart: nothing cancels
             log_p = (r[row] - reference.log_sum[rows][row]).astype(np.float64)
             log_sum[row] = np.logaddexp.reduce(log_p + d[row])
         kld[rows] = log_sum - rest
