@@ -91,7 +91,10 @@ Workdir = Annotated[
     Path | None, Option(help="Where measurements are kept [MODEL.apreqel beside the model].")
 ]
 Threads = Annotated[
-    int | None, Option("--threads", "-t", min=1, max=256, help="[one per physical core]")
+    int | None,
+    Option(
+        "--threads", "-t", min=1, max=256, help="[as tuned on this device, or one a physical core]"
+    ),
 ]
 Requantize = Annotated[
     bool, Option("--allow-requantize", help="Accept a model that is quantised already.")
@@ -124,7 +127,7 @@ ProfileName = Annotated[str | None, Argument(metavar="[NAME]", help="For 'show'.
 Again = Annotated[bool, Option("--again", help="Measure anew.")]
 ExportTo = Annotated[Path | None, Option("--export", help="Write the profile to this file.")]
 ImportFrom = Annotated[Path | None, Option("--import", help="Take up another device's profile.")]
-ImatrixFile = Annotated[Path | None, Option("--imatrix", help="Use this imatrix GGUF.")]
+ImatrixFile = Annotated[Path | None, Option("--imatrix", help="Use this imatrix, GGUF or .dat.")]
 PlanOutput = Annotated[Path | None, Option("--output", "-o", help="[plan.json]")]
 TensorName = Annotated[str | None, Argument(metavar="[TENSOR]")]
 QuantisedFile = Annotated[Path, Argument(metavar="GGUF", help="The quantised file.")]

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Raised by one whenever a reader of the old layout would misread the new one.
 SCHEMA_VERSIONS = {
-    "device-profile": 2,
+    "device-profile": 3,
     "sensitivity": 3,
     "plan": 4,
     "verification": 2,
@@ -42,6 +42,7 @@ SCHEMA_VERSIONS = {
 }
 
 _HASH_BLOCK_BYTES = 1 << 22
+_LONGEST_NAME = 255  # bytes, in nearly all file systems
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,14 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
 
 
+def beside(path: Path, ending: str) -> Path:
+    """A hidden name in the same folder, short enough for any file system."""
+    name = f".{path.name}{ending}"
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}{ending}"
+    return path.with_name(name)
+
+
 @contextmanager
 def new_file(path: Path, *, replace: bool = True, tag: str = "") -> Iterator[Path]:
     """A name beside `path`; the file made there becomes `path`, on disk, if the block succeeds.
@@ -209,7 +218,7 @@ def new_file(path: Path, *, replace: bool = True, tag: str = "") -> Iterator[Pat
     The file is to be opened with O_EXCL, which refuses what appeared there since and follows no
     symlink. Raises OutputError, without `replace` also where there is something at `path` by then.
     """
-    part = path.with_name(f".{path.name}{tag}.part")
+    part = beside(path, f"{tag}.part")
     with _writing(part):
         part.unlink(missing_ok=True)
     try:
@@ -259,9 +268,9 @@ def output_error(path: Path | str, error: OSError) -> OutputError:
     """The failure of a write, with what to do about it."""
     advice = {
         errno.EEXIST: "use --force to replace it, or choose another output",
-        errno.ENOSPC: "free some space or choose another folder",
-        errno.EROFS: "the file system is read-only; choose another folder",
-        errno.EACCES: "no permission to write there; choose another folder",
+        errno.ENOSPC: "free some space, or choose another folder with --workdir or --output",
+        errno.EROFS: "choose another folder with --workdir or --output",
+        errno.EACCES: "choose another folder with --workdir or --output",
         errno.EFBIG: "the file system cannot hold a file of this size (FAT32: 4 GiB)",
     }.get(error.errno or 0, "check the disk")
     return OutputError(f"{path}: {error.strerror or error}; {advice}")
@@ -283,7 +292,7 @@ def lock(path: Path, *, remove: bool = False) -> Iterator[int]:
     """Hold the lock file `path`, and `remove` it in the end.
 
     Gives its descriptor: a child that inherits it holds the lock for as long as it lives. Raises
-    LockedError where another process holds it.
+    LockedError where another process holds it, OutputError where the file system has no locks.
     """
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -293,9 +302,14 @@ def lock(path: Path, *, remove: bool = False) -> Iterator[int]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not os.path.samestat(os.fstat(file.fileno()), path.stat()):
                 raise BlockingIOError("removed by its last holder, and made anew by another")
-        except OSError as error:
+        except (BlockingIOError, FileNotFoundError) as error:  # held, or removed at this moment
             raise LockedError(
                 f"{path}: another apreqel is at work here; wait for it or use another folder"
+            ) from error
+        except OSError as error:
+            raise OutputError(
+                f"{path}: {error.strerror}; this file system has no locks, as network drives may "
+                "not; use --workdir and --output on another"
             ) from error
         try:
             yield file.fileno()

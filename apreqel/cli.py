@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from apreqel import __version__
+from apreqel import __version__, last_words
 from apreqel import arguments as arg
-from apreqel.console.terminal import Reporter, answer, write
+from apreqel.console.terminal import Reporter, answer, remark, write
 from apreqel.errors import ApreqelError, Interrupted, UsageError
 from apreqel.plan.wishes import Wishes
 
@@ -30,6 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     help="Measure a device and a GGUF model, then plan and write the best quantisation for both.",
 )
 
@@ -108,8 +109,11 @@ def probe(
     from apreqel import pipeline
     from apreqel.console import probe as view
     from apreqel.evaluate.real_files import measured_files
+    from apreqel.model.imatrix import is_legacy
     from apreqel.sensitivity.effort import effort_from
 
+    if imatrix is not None and is_legacy(imatrix):
+        remark(f"{imatrix}: a legacy imatrix; llama.cpp now writes GGUF")
     with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
         probed = pipeline.probe(
             space, effort=effort_from(effort, minutes), texts=_texts(text), imatrix_file=imatrix
@@ -195,12 +199,12 @@ def quantize(
     """Write the GGUF of a plan, then re-read it and check every tensor."""
     from apreqel import pipeline
     from apreqel.console import verify as view
-    from apreqel.device.threads import usual_threads
+    from apreqel.device.threads import default_threads
 
     result = pipeline.run_plan(
         plan,
         output=output,
-        n_threads=threads or usual_threads(),
+        n_threads=threads or default_threads(),
         force=force,
         allow_requantize=allow_requantize,
         progress=Reporter(quiet),
@@ -353,20 +357,36 @@ def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | 
     return expected, original
 
 
+_STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
+
+def _stop(_number: int, _frame: object) -> NoReturn:
+    """Any of them is as Ctrl-C. Once: a terminal and whoever watches may both send it."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+def _with_home(argument: str) -> str:
+    """`--output=~/x` as it is meant: shells know ~ only where a word begins."""
+    option, _, value = argument.partition("=")
+    home = option.startswith("--") and value.startswith("~")
+    return f"{option}={os.path.expanduser(value)}" if home else argument  # noqa: PTH111
+
+
 def main() -> NoReturn:
     """Run the command; one line on stderr and the class's exit code for an expected failure."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)  # as Ctrl-C
-    for name in ("stdout", "stderr"):  # None where the shell closed it, as `>&-` does
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))
+    last_words.begin()
+    for number in _STOPPING:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup lets it be
+            signal.signal(number, _stop)
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(list(map(_with_home, sys.argv[1:])), standalone_mode=False) or 0)
     except ApreqelError as error:
         print(f"apreqel: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        print("apreqel: stopped; finished measurements are kept", file=sys.stderr)
+        print(f"apreqel: {Interrupted.message}", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's usage errors

@@ -66,7 +66,13 @@ class VerificationError(ApreqelError):
 
 class Interrupted(ApreqelError):
     exit_code = 130
+    message = "stopped; finished measurements are kept"
     meaning = "stopped by Ctrl-C; finished measurements are kept"
+
+
+class Killed(ApreqelError):
+    exit_code = 137
+    meaning = "killed by the system, mostly for lack of memory; finished measurements are kept"
 
 
 def all_errors() -> list[type[ApreqelError]]:

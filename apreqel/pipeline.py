@@ -12,7 +12,7 @@ from apreqel.artifacts import Provenance
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.profiling import profile_of
 from apreqel.device.store import load_named
-from apreqel.device.threads import usual_threads, with_threads
+from apreqel.device.threads import threads_for, with_threads
 from apreqel.errors import (
     ApreqelError,
     ArtifactError,
@@ -69,6 +69,9 @@ def open_workspace(
         name, folder, allow_requantize=allow_requantize, progress=progress
     ) as space:
         require_next_tokens(space.inventory)
+        if n_threads is None:
+            n, why = threads_for(space.inventory)
+            progress(f"{n} thread{'s' if n > 1 else ''}, {why}", 0, 1)
         yield with_threads(space, n_threads)
 
 
@@ -242,7 +245,7 @@ def explained(path: Path) -> tuple[Solved, Plan, Inventory]:
     """
     made, inventory = load_plan(path)
     folder, sha256 = Path(made.workdir), made.provenance.model_sha256
-    probed = require_probed_model(Workspace(inventory, sha256, folder, usual_threads()))
+    probed = require_probed_model(Workspace(inventory, sha256, folder))
     files = [f for f in measured_files(probed).own if f.key in made.measured_files]
     known = probed.sensitivity.digest, len(files)
     if known != (made.sensitivity_digest, len(made.measured_files)):

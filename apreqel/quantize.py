@@ -88,7 +88,7 @@ def quantize_model(
     job = _Job(inventory, types, imatrix, extra_metadata, n_threads)
     size, started = inventory.output_size(types, extra_metadata), time.monotonic()
     with (
-        artifacts.lock(output.with_name(f".{output.name}.lock"), remove=True) as held,
+        artifacts.lock(artifacts.beside(output, ".lock"), remove=True) as held,
         artifacts.new_file(output, replace=force) as part,
         tempfile.TemporaryDirectory(prefix="apreqel-") as folder,
     ):

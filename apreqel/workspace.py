@@ -12,8 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from apreqel import artifacts
-from apreqel.errors import OutputError, UsageError
+from apreqel import artifacts, last_words
+from apreqel.errors import ApreqelError, OutputError, UsageError
 from apreqel.model.inventory import (
     DEMO,
     Inventory,
@@ -64,19 +64,28 @@ def opened(
     beside = Path.cwd() if name == DEMO else model.parent
     folder = folder or beside / f"{model.name}.apreqel"
     _require_ours(folder)
-    with artifacts.lock(folder / ".lock"):
-        _sweep(folder)
+    last_words.note(model=model, folder=folder.absolute())
+    with _swept(folder):
         sha256 = artifacts.model_sha256(inventory.files, folder / _HASH_FILE)
         yield Workspace(
             inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
         )
 
 
-def _sweep(folder: Path) -> None:
-    """Remove what runs that were killed left in it; its lock is held, so that none is at work."""
-    for path in folder.iterdir():
-        if _SCRATCH.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path, ignore_errors=True)
+@contextmanager
+def _swept(folder: Path) -> Iterator[None]:
+    """Hold its lock, so that no other run is at work, without what runs that were killed left."""
+    with artifacts.lock(folder / ".lock"):
+        for path in folder.iterdir():
+            if _SCRATCH.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+        yield
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a run that died left in its work folder, unless another is at work there."""
+    with suppress(ApreqelError), _swept(folder):
+        pass
 
 
 def _require_ours(folder: Path) -> None:

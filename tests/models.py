@@ -29,7 +29,7 @@ def byte_alphabet() -> list[str]:
     return [chr(b) if b in shown else chr(next(extra)) for b in range(256)]
 
 
-def _tokenizer(writer: GGUFWriter, more_tokens: int) -> int:
+def tokenizer(writer: GGUFWriter, more_tokens: int) -> int:
     tokens = byte_alphabet()
     merges = []
     for merged in _MERGED:
@@ -53,7 +53,7 @@ def _tokenizer(writer: GGUFWriter, more_tokens: int) -> int:
     return len(tokens)
 
 
-def _matrix(random: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
+def matrix(random: np.random.Generator, *shape: int, scale: float = 1.0) -> np.ndarray:
     """[..., rows, columns]: rank 8 plus noise, with a few columns ten times as large."""
     columns = shape[-1]
     low = random.standard_normal((*shape[:-1], 8)) @ random.standard_normal((8, columns)) / 8**0.5
@@ -100,7 +100,7 @@ def build(
     if n_expert:
         writer.add_expert_count(n_expert)
         writer.add_expert_used_count(2)
-    n_vocab = _tokenizer(writer, more_tokens)
+    n_vocab = tokenizer(writer, more_tokens)
     qtype = GGMLQuantizationType[kind]
 
     def add(name: str, values: np.ndarray) -> None:
@@ -111,26 +111,26 @@ def build(
             writer.add_tensor(name, quants.quantize(values, qtype), raw_dtype=qtype)
 
     n_kv = n_embd // n_head * n_head_kv
-    add("token_embd.weight", _matrix(random, n_vocab, n_embd, scale=8))
+    add("token_embd.weight", matrix(random, n_vocab, n_embd, scale=8))
     add("output_norm.weight", 1 + 0.1 * random.standard_normal(n_embd))
     if not tied:
-        add("output.weight", _matrix(random, n_vocab, n_embd, scale=3))
+        add("output.weight", matrix(random, n_vocab, n_embd, scale=3))
     for i in range(n_layer):
         add(f"blk.{i}.attn_norm.weight", 1 + 0.1 * random.standard_normal(n_embd))
-        add(f"blk.{i}.attn_q.weight", _matrix(random, n_embd, n_embd))
-        add(f"blk.{i}.attn_k.weight", _matrix(random, n_kv, n_embd))
-        add(f"blk.{i}.attn_v.weight", _matrix(random, n_kv, n_embd))
-        add(f"blk.{i}.attn_output.weight", _matrix(random, n_embd, n_embd))
+        add(f"blk.{i}.attn_q.weight", matrix(random, n_embd, n_embd))
+        add(f"blk.{i}.attn_k.weight", matrix(random, n_kv, n_embd))
+        add(f"blk.{i}.attn_v.weight", matrix(random, n_kv, n_embd))
+        add(f"blk.{i}.attn_output.weight", matrix(random, n_embd, n_embd))
         add(f"blk.{i}.ffn_norm.weight", 1 + 0.1 * random.standard_normal(n_embd))
         if n_expert:
-            add(f"blk.{i}.ffn_gate_inp.weight", _matrix(random, n_expert, n_embd))
-            add(f"blk.{i}.ffn_gate_exps.weight", _matrix(random, n_expert, n_ff, n_embd))
-            add(f"blk.{i}.ffn_up_exps.weight", _matrix(random, n_expert, n_ff, n_embd))
-            add(f"blk.{i}.ffn_down_exps.weight", _matrix(random, n_expert, n_embd, n_ff))
+            add(f"blk.{i}.ffn_gate_inp.weight", matrix(random, n_expert, n_embd))
+            add(f"blk.{i}.ffn_gate_exps.weight", matrix(random, n_expert, n_ff, n_embd))
+            add(f"blk.{i}.ffn_up_exps.weight", matrix(random, n_expert, n_ff, n_embd))
+            add(f"blk.{i}.ffn_down_exps.weight", matrix(random, n_expert, n_embd, n_ff))
         else:
-            add(f"blk.{i}.ffn_gate.weight", _matrix(random, n_ff, n_embd))
-            add(f"blk.{i}.ffn_up.weight", _matrix(random, n_ff, n_embd))
-            add(f"blk.{i}.ffn_down.weight", _matrix(random, n_embd, n_ff))
+            add(f"blk.{i}.ffn_gate.weight", matrix(random, n_ff, n_embd))
+            add(f"blk.{i}.ffn_up.weight", matrix(random, n_ff, n_embd))
+            add(f"blk.{i}.ffn_down.weight", matrix(random, n_embd, n_ff))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -160,7 +160,7 @@ def build_bert(path: Path) -> Path:
     writer.add_causal_attention(False)
     writer.add_pooling_type(PoolingType.MEAN)
     writer.add_token_type_count(2)
-    n_vocab = _tokenizer(writer, 0)
+    n_vocab = tokenizer(writer, 0)
     square = ("attn_q", "attn_k", "attn_v", "attn_output")
     shapes = {
         "token_embd": (n_vocab, n_embd),
@@ -172,7 +172,7 @@ def build_bert(path: Path) -> Path:
     }
     for name, shape in shapes.items():
         kind = np.float16 if "token_embd" in name or "blk" in name else np.float32
-        writer.add_tensor(f"{name}.weight", _matrix(random, *shape).astype(kind))
+        writer.add_tensor(f"{name}.weight", matrix(random, *shape).astype(kind))
         if "blk" in name:
             writer.add_tensor(f"{name}.bias", np.zeros(shape[0], np.float32))
     for name in ("token_embd_norm", "blk.0.attn_output_norm", "blk.0.layer_output_norm"):

@@ -22,6 +22,7 @@ ROOMS: dict[str, list[str]] = {
     "estimates": [],
     "errors": [],
     "progress": [],
+    "last_words": [],
     "artifacts": [],
     "model": ["qtypes", "gguf_header", "legal_types", "inventory", "imatrix", "recipes"],
     "llama": [
@@ -93,7 +94,7 @@ ROOMS: dict[str, list[str]] = {
     "cli": [],
     "__main__": [],
 }
-MAY_PRINT = {"console", "cli"}
+MAY_PRINT = {"console", "cli", "__main__"}
 MAY_USE_CTYPES = {"llama"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 

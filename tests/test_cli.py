@@ -8,14 +8,21 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import models
+import psutil
 import pytest
 from support import COMMAND, apreqel, expect, uniform
 
 from apreqel import cli, errors
+from apreqel.__main__ import obituary, watched
 from apreqel.model.inventory import read_inventory
+from apreqel.plan.request import size_from
 from apreqel.workspace import Workspace
 
 README = Path(__file__).parent.parent / "README.md"
@@ -233,6 +240,96 @@ def test_second_run_in_a_folder_and_ctrl_c(
         assert first.wait() == 130
         assert "apreqel: stopped" in rest and "Traceback" not in rest
     assert not list((tmp_path / "w").glob("scratch-*"))
+
+
+@contextmanager
+def a_probe(model: Path, folder: Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """The command while it collects the imatrix."""
+    command = [*COMMAND, "probe", model, "--workdir", folder]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options) as process:
+        assert process.stderr is not None
+        assert any("imatrix" in line for line in process.stderr)
+        yield process
+
+
+def test_what_the_system_kills_is_told_and_leaves_nothing(
+    llama_model: Path, tmp_path: Path
+) -> None:
+    with a_probe(llama_model, tmp_path / "w") as process:
+        (child,) = psutil.Process(process.pid).children()
+        assert list((tmp_path / "w").glob("scratch-*"))
+        child.kill()
+        assert process.stderr is not None
+        last = process.stderr.read().splitlines()[-1]
+        assert process.wait() == errors.Killed.exit_code
+    assert f"{llama_model}: killed while collecting the imatrix" in last and "memory" in last
+    assert not list((tmp_path / "w").glob("scratch-*"))
+
+
+def test_no_command_outlives_the_one_that_was_killed(llama_model: Path, tmp_path: Path) -> None:
+    with a_probe(llama_model, tmp_path / "w") as process:
+        (child,) = psutil.Process(process.pid).children()
+        process.kill()
+        psutil.wait_procs([child], timeout=10)
+        assert not child.is_running()
+
+
+def test_nohup_is_respected(llama_model: Path, tmp_path: Path) -> None:
+    def ignore() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+
+    with a_probe(llama_model, tmp_path / "w", preexec_fn=ignore) as process:
+        process.send_signal(signal.SIGHUP)
+        (child,) = psutil.Process(process.pid).children()
+        child.send_signal(signal.SIGHUP)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait() == 130
+
+
+@pytest.mark.parametrize(
+    "death, number, told",
+    [
+        (
+            "ggml().ggml_abort(b'/src/ggml.c', 7, b'GGML_ASSERT(x) failed')",
+            signal.SIGABRT,
+            "model.gguf: llama.cpp died of SIGABRT while trying 2 threads: "
+            "ggml.c:7: GGML_ASSERT(x) failed",
+        ),
+        ("signal.raise_signal(signal.SIGILL)", signal.SIGILL, "was built for another CPU"),
+        ("signal.raise_signal(signal.SIGBUS)", signal.SIGBUS, "a file was cut short"),
+        ("signal.raise_signal(signal.SIGSEGV)", signal.SIGSEGV, "it gave no reason"),
+    ],
+)
+def test_llama_cpp_dies_with_a_reason(
+    death: str, number: int, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("apreqel.__main__._PASSED_ON", ())
+    code = (
+        "import signal\nfrom apreqel import last_words\nfrom apreqel.llama import library\n"
+        "def ggml(): library._PROTOTYPES['ggml_abort'] = None, None; return library.ggml()\n"
+        "last_words.begin(); library.library()\n"
+        "last_words.note(model='model.gguf', step='trying 2 threads', call='loading')\n"
+        f"last_words.note(call='')\n{death}"
+    )
+    died_of, said = watched([sys.executable, "-c", code])
+    assert died_of == -number
+    assert told in obituary(number, said)
+
+
+def test_what_users_type_in_the_first_hour(llama_model: Path, tmp_path: Path) -> None:
+    assert apreqel("plan", "-h").stdout == apreqel("plan", "--help").stdout != ""
+    expect(2, "https://host/a/b.gguf: an address; download", "inspect", "https://host/a/b.gguf")
+    asked = "verify", "https://host/a/b.gguf", "--model", llama_model, "--workdir", tmp_path / "w"
+    expect(2, "https://host/a/b.gguf: an address", *asked)
+    sizes = {size_from(name, read_inventory(llama_model)) for name in ("Q4_K", "q4_k_m")}
+    assert len(sizes) == 1
+    # Shells know ~ only where a word begins.
+    home = os.path.expanduser("~")
+    assert cli._with_home("--output=~/x.gguf") == f"--output={home}/x.gguf"
+    for other in ("--output=~nobody-here/x", "~/x", "a=~/x", "--pin=a~=Q8_0"):
+        assert cli._with_home(other) == other
 
 
 def test_demo_needs_its_package(tmp_path: Path) -> None:

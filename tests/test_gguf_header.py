@@ -209,3 +209,12 @@ def test_mutations_are_read_or_refused(cuts: list[tuple[int, bytes]], tmp_path_f
 def test_written_header_is_the_format_byte_by_byte() -> None:
     record = TensorRecord("a.weight", (32, 2), 0, 0)
     assert encode_header([ARCH], [record], 32) == GOOD[:-256]
+
+
+def test_padding_after_the_last_tensor_is_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "padded.gguf"
+    path.write_bytes(GOOD + bytes(5000))
+    assert read_header(path).tensors
+    path.write_bytes(GOOD + bytes(5000) + b"x")
+    with pytest.raises(ModelFileError, match="5001 bytes follow"):
+        read_header(path)

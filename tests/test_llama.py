@@ -21,8 +21,8 @@ from apreqel.model.qtypes import lookup
 def test_a_message_that_is_cut_or_odd_is_still_a_reason(said: bytes) -> None:
     library.library()
     with library.listen_to_log() as lines, library.c_call():
-        library._log_callback(4, said, None)
-        library._log_callback(4, None, None)
+        library._callbacks[0](4, said, None)
+        library._callbacks[0](4, None, None)
     assert library.reason().startswith(said[:5].decode()) and library.reason().isprintable()
     assert "".join(lines) == library.readable(said.split(b"\x00")[0])
     assert library.readable(None) == ""

@@ -430,6 +430,40 @@ def test_llama_cpps_layout_of_the_file(probed: ProbedModel) -> None:
             assert names[f"{tensor.name}.counts"].shape.tolist() == [1, tensor.n_experts]
 
 
+def test_an_imatrix_of_before_it_was_gguf(moe_model: Path, tmp_path: Path) -> None:
+    """As llama.cpp's save_imatrix_legacy lays it out: means times uses, and no shapes."""
+    inventory, path = read_inventory(moe_model), tmp_path / "i.dat"
+    means = {
+        "blk.0.attn_q.weight": np.arange(1, 257, dtype="<f4"),
+        "blk.0.ffn_up_exps.weight": np.arange(1, 4 * 256 + 1, dtype="<f4"),
+        "blk.9.nextn.eh_proj.weight": np.ones(512, "<f4"),
+    }
+    written = struct.pack("<i", len(means))
+    for name, mean in means.items():
+        written += struct.pack("<i", len(name)) + name.encode()
+        written += struct.pack("<ii", 7, mean.size) + (7 * mean).tobytes()
+    ending = struct.pack("<ii", 42, 8) + b"wiki.raw"
+    for content, chunks, datasets in (
+        (written + ending, 42, ("wiki.raw",)),
+        (written, 0, ()),
+    ):
+        path.write_bytes(content)
+        found = imatrix.read_imatrix(path, inventory)
+        assert (found.n_chunks, tuple(found.datasets)) == (chunks, datasets)
+        assert sorted(found.entries) == sorted(means)[:2]
+        for name in found.entries:
+            weights = found.weights(name)
+            assert weights is not None
+            np.testing.assert_allclose(weights, means[name])
+    for cut in range(8 + len("blk.0.attn_q.weight"), len(written), 501):
+        path.write_bytes(written[:cut])
+        with pytest.raises(CalibrationError, match="damaged at byte"):
+            imatrix.read_imatrix(path, inventory)
+    path.write_bytes(struct.pack("<ii", 1, 5) + b"some." + bytes(9))
+    with pytest.raises(ModelFileError):
+        imatrix.read_imatrix(path, inventory)
+
+
 def test_bad_imatrix_files(llama_model: Path, rows_576_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(llama_model)
     name = "blk.0.attn_q.weight"
@@ -452,12 +486,6 @@ def test_bad_imatrix_files(llama_model: Path, rows_576_model: Path, tmp_path: Pa
             imatrix.read_imatrix(write(tensor, sums), inventory)
     with pytest.raises(CalibrationError, match="not 'imatrix'"):
         imatrix.read_imatrix(rows_576_model, inventory)
-    # One of llama-imatrix's before it wrote GGUF.
-    legacy = tmp_path / "i.dat"
-    raw_name = name.encode()
-    legacy.write_bytes(struct.pack("<ii", 1, len(raw_name)) + raw_name + bytes(1032))
-    with pytest.raises(CalibrationError, match=r"llama-imatrix --in-file i\.dat -o i\.gguf"):
-        imatrix.read_imatrix(legacy, inventory)
     # A layer or a vision tower more than this model has is of no account.
     entry = imatrix.ImatrixEntry(np.ones((1, 256), np.float32), np.ones(1, np.float32))
     both = imatrix.Imatrix({name: entry, "blk.9.nextn.eh_proj.weight": entry}, ["x"], 1)

@@ -15,12 +15,11 @@ import pytest
 from support import attention, made_up, uniform
 
 from apreqel.device import machine as device
-from apreqel.device import memory, profile, real_runs, rounds, store, timing
+from apreqel.device import memory, profile, real_runs, rounds, store, threads, timing
 from apreqel.device.machine import doubts
-from apreqel.device.profile import DeviceProfile
+from apreqel.device.profile import DeviceProfile, ThreadTuning
 from apreqel.device.real_runs import RealRun
 from apreqel.device.shapes import parse_key, shapes_of, timed_caches, write_shapes
-from apreqel.device.threads import tune_threads
 from apreqel.errors import ArtifactError, UsageError
 from apreqel.llama import engine
 from apreqel.llama.footprint import measure_footprint
@@ -430,12 +429,59 @@ def test_a_disturbed_reading_is_taken_again(
 
 def test_threads_are_tuned(rows_576_model: Path, tmp_path: Path) -> None:
     inventory = read_inventory(rows_576_model)
-    best, tried = tune_threads(Workspace(inventory, "", tmp_path))
-    if device.usable_cores() > 1:
-        assert {"1", str(device.usable_cores())} <= set(tried)
-        fastest = min(decode for decode, _ in tried.values())
-        assert tried[str(best)][0] <= 1.04 * fastest
+    tuning = threads.tune_threads(Workspace(inventory, "", tmp_path))
+    assert tuning.n_weights == sum(t.n_elements for t in inventory.quantizable)
+    if tuning.seconds and device.usable_cores() > 1:
+        assert {"1", str(device.usable_cores())} <= set(tuning.seconds)
+        fastest = min(decode for decode, _ in tuning.seconds.values())
+        assert tuning.seconds[str(tuning.n_threads)][0] <= 1.04 * fastest
     assert not list(tmp_path.iterdir())
+
+
+def test_threads_tuned_on_a_toy_or_a_busy_machine_are_not_taken(
+    rows_576_profile: tuple[Inventory, DeviceProfile],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inventory, measured = rows_576_profile
+    monkeypatch.setattr(store, "store_folder", lambda: tmp_path)
+    weights, usual = sum(t.n_elements for t in inventory.quantizable), threads.default_threads()
+
+    def keep(n_weights: float, seconds: float | None) -> None:
+        tried = {"7": (seconds, seconds)} if seconds else {}
+        found = measured.with_tuning(ThreadTuning(int(n_weights), 7, tried))
+        found.save(tmp_path / f"{measured.name}.json")
+
+    for n_weights, seconds, wanted in (
+        (weights, 0.1, 7),
+        (weights * 1.9, 0.1, 7),
+        (weights * 2.1, 0.1, usual),
+        (weights / 100, 0.1, usual),
+        (weights, None, usual),
+    ):
+        keep(n_weights, seconds)
+        assert threads.threads_for(inventory)[0] == wanted
+    (tmp_path / f"{measured.name}.json").write_text("{}")
+    assert threads.threads_for(inventory) == (usual, "one a physical core")
+
+
+def test_threads_are_not_tuned_while_others_are_at_work(
+    rows_576_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory, runs = read_inventory(rows_576_model), count()
+    busy = (
+        device._Load(10.0, 100.0, 50.0, 0, 0),
+        device._Load(11.0, 100.0 + device.usable_cores(), 50.0, 0, 0),
+    )
+    loads = cycle(busy)
+    monkeypatch.setattr(device._Load, "now", lambda: next(loads))
+    monkeypatch.setattr(threads, "_PAUSE_SECONDS", 0.0)
+    monkeypatch.setattr(
+        threads, "time_file", lambda *_: (next(runs), RealRun(1.0, 1.0, 1.0), 0.0)[1:]
+    )
+    tuning = threads.tune_threads(Workspace(inventory, "", tmp_path))
+    assert (tuning.n_threads, tuning.seconds) == (threads.default_threads(), {})
+    assert next(runs) == 3
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -500,14 +546,42 @@ def test_names_of_profiles_are_file_names() -> None:
     assert store.safe_name("..") == "imported"
 
 
+def write_files(folder: Path, **contents: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in contents.items():
+        (folder / name.replace("__", ".")).write_text(f"{text}\n")
+
+
 def test_memory_of_a_container(tmp_path: Path) -> None:
-    """A container's own limit counts, less what it uses, but for cached pages of files."""
-    assert device.available_bytes(5000, tmp_path) == 5000
-    (tmp_path / "memory.max").write_text("max\n")
-    (tmp_path / "memory.current").write_text("800\n")
-    assert device.available_bytes(5000, tmp_path) == 5000
-    (tmp_path / "memory.max").write_text("1000\n")
-    assert device.available_bytes(5000, tmp_path) == 200
-    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 300\n")
-    assert device.available_bytes(5000, tmp_path) == 500
-    assert device.available_bytes(400, tmp_path) == 400
+    """The limits of containers around a process count, less what is used there, but for pages."""
+    own = tmp_path / "own"
+    own.write_text("0::/outer/inner\n")
+    assert device.available_bytes(5000, tmp_path, own) == 5000
+    write_files(tmp_path / "outer/inner", memory__max="max", memory__current="800")
+    assert device.available_bytes(5000, tmp_path, own) == 5000
+    write_files(tmp_path / "outer", memory__max="1000", memory__current="800")
+    assert device.available_bytes(5000, tmp_path, own) == 200
+    write_files(tmp_path / "outer", memory__stat="anon 500\ninactive_file 300")
+    assert device.available_bytes(5000, tmp_path, own) == 500
+    assert device.available_bytes(400, tmp_path, own) == 400
+    # In a container that hides what is around it.
+    own.write_text("0::/\n")
+    write_files(tmp_path, memory__max="700", memory__current="0")
+    assert device.available_bytes(5000, tmp_path, own) == 700
+
+
+def test_memory_and_cores_of_an_older_container(tmp_path: Path) -> None:
+    own, cores = tmp_path / "own", device.usable_cores()
+    own.write_text("4:memory:/box\n3:cpu,cpuacct:/box\n0::/\n")
+    write_files(
+        tmp_path / "memory/box",
+        memory__limit_in_bytes="1000",
+        memory__usage_in_bytes="900",
+        memory__stat="inactive_file 1\ntotal_inactive_file 300",
+    )
+    assert device.available_bytes(5000, tmp_path, own) == 400
+    box = tmp_path / "cpu,cpuacct/box"
+    write_files(box, cpu__cfs_quota_us="-1", cpu__cfs_period_us="100000")
+    assert device.usable_cores(tmp_path, own) == cores
+    write_files(box, cpu__cfs_quota_us="100000", cpu__cfs_period_us="100000")
+    assert device.usable_cores(tmp_path, own) == 1

@@ -394,6 +394,12 @@ def test_a_path_that_is_not_utf8(llama_model: Path, tmp_path: Path) -> None:
     quantize.check_written(inventory, types, folder / "o.gguf")
 
 
+def test_a_name_as_long_as_names_may_be(llama_model: Path, tmp_path: Path) -> None:
+    inventory, name = read_inventory(llama_model), "ü" * 125 + ".gguf"
+    quantize.quantize_model(inventory, inventory.types, tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_second_run_on_one_output_stops(llama_model: Path, tmp_path: Path) -> None:
     inventory, output = read_inventory(llama_model), tmp_path / "o.gguf"
     code = (
@@ -408,6 +414,20 @@ def test_second_run_on_one_output_stops(llama_model: Path, tmp_path: Path) -> No
         expect_refused(LockedError, "another apreqel", inventory, inventory.types, output)
         holder.communicate()
     with lock(tmp_path / ".free"):
+        pass
+
+
+def test_a_file_system_without_locks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with (
+        pytest.raises(OutputError, match="No locks available"),
+        lock(tmp_path / ".lock"),
+    ):
         pass
 
 

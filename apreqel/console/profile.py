@@ -53,12 +53,18 @@ def _show_device(profile: DeviceProfile) -> None:
         f"{size(device.memory_bytes)} memory, {device.system}; {profile.n_threads} threads; {gpu}"
         f"fingerprint {profile.fingerprint}"
     )
-    if profile.thread_seconds:
+    for tuning in profile.tunings:
         tried = ", ".join(
             f"{n}: {1 / decode:.0f} and {1 / prefill:.0f}"
-            for n, (decode, prefill) in profile.thread_seconds.items()
+            for n, (decode, prefill) in tuning.seconds.items()
         )
-        write(f"threads tried (decode and prefill tokens/s): {tried}")
+        write(
+            f"threads tried with {tuning.n_weights / 1e6:.0f}M weights (decode and prefill "
+            f"tokens/s): {tried}"
+            if tried
+            else f"threads for {tuning.n_weights / 1e6:.0f}M weights could not be tuned: other "
+            "programs were at work; one a physical core was taken, the next run tries again"
+        )
     readings = [k for shapes in profile.kernels.values() for k in shapes.values()]
     if unsteady := sum("unsteady" in k.flags for k in readings):
         write(

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
+from apreqel import last_words
 from apreqel.artifacts import output_error, plain
 from apreqel.errors import printable
 
@@ -40,6 +41,7 @@ class Reporter:
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what:
+            last_words.note(step=what)
             self.finish()
             self._what, self._started, self._first, self._printed = what, now, done, 0.0
         pause = (0.1 if done < total else 0.0) if self._live else _SECONDS_BETWEEN_LINES
@@ -86,6 +88,11 @@ def write(*parts: str | Table) -> None:
     safe = (_safe(part) if isinstance(part, str) else part for part in parts)
     console.print(*safe, markup=False, soft_wrap=all(isinstance(part, str) for part in parts))
     _put(text.getvalue(), sys.stdout)
+
+
+def remark(text: str) -> None:
+    """A line on stderr that is to be seen also where progress is not."""
+    _put(f"apreqel: {_safe(text)}\n", sys.stderr)
 
 
 def table(*columns: str, rows: Iterable[Sequence[str]]) -> Table:

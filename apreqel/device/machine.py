@@ -26,6 +26,8 @@ _BUSY_SHARE = 0.10
 _CLOCK_SHARE = 0.85
 # vcgencmd get_throttled: under-voltage, frequency capped, throttled, soft temperature limit: now.
 _PI_THROTTLED_NOW = 0xF
+# Linux's limits, and where a process's own are among them.
+_CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Below this a zone's trip point is not one of a processor, or not set at all.
 _LEAST_TRIP_CELSIUS = 50.0
 
@@ -87,22 +89,40 @@ def this_device() -> tuple[Device, str]:
     return device, device.fingerprint(build_info())
 
 
-def available_bytes(free: int, cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Of `free` memory what this process may have: a container's limit may be lower."""
-    limit, used = (_integer(cgroup / f"memory.{name}") for name in ("max", "current"))
-    if limit is None or used is None:
-        return free
-    # Pages of files that are given back when memory is wanted count as used.
-    cached = re.search(r"^inactive_file (\d+)", _read(cgroup / "memory.stat") or "", re.M)
-    return max(0, min(free, limit - used + (int(cached[1]) if cached else 0)))
+def available_bytes(free: int, cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
+    """Of `free` memory what this process may have: a container's limit, or one around it."""
+    for folder in _control_groups("memory", cgroups, own):
+        limits = [_integer(folder / name) for name in ("memory.max", "memory.limit_in_bytes")]
+        uses = [_integer(folder / name) for name in ("memory.current", "memory.usage_in_bytes")]
+        # Pages of files that are given back when memory is wanted count as used.
+        stat = _read(folder / "memory.stat") or ""
+        cached = [int(n) for n in re.findall(r"^(?:total_)?inactive_file (\d+)", stat, re.M)]
+        for limit, used in zip(limits, uses, strict=True):
+            if limit is not None and used is not None:
+                free = min(free, limit - used + (cached[-1] if cached else 0))
+    return max(0, free)
 
 
-def usable_cores() -> int:
-    """Cores this process may use: its affinity, and a container's quota."""
+def usable_cores(cgroups: Path = _CGROUPS, own: Path = _OWN_CGROUPS) -> int:
+    """Cores this process may use: its affinity, and the quotas of the containers around it."""
     here = hasattr(os, "sched_getaffinity")
     cores = len(os.sched_getaffinity(0)) if here else os.cpu_count() or 1
-    quota = re.fullmatch(r"(\d+) 0*([1-9]\d*)", _read("/sys/fs/cgroup/cpu.max") or "")
-    return min(cores, max(1, round(int(quota[1]) / int(quota[2])))) if quota else cores
+    for folder in _control_groups("cpu", cgroups, own):
+        old = (_read(folder / f"cpu.cfs_{name}_us") or "" for name in ("quota", "period"))
+        text = _read(folder / "cpu.max") or " ".join(old)
+        if quota := re.fullmatch(r"(\d+) 0*([1-9]\d*)", text):
+            cores = min(cores, max(1, round(int(quota[1]) / int(quota[2]))))
+    return cores
+
+
+def _control_groups(controller: str, cgroups: Path, own: Path) -> Iterator[Path]:
+    """Linux's control groups that this process is in, version 1 or 2, the outermost first."""
+    named = re.findall(r"^\d+:([^:]*):/?(.*)$", _read(own) or "0::/", re.M)
+    for controllers, path in named:
+        if not controllers or controller in controllers.split(","):
+            root = cgroups / controllers  # version 2 has no controllers in its name
+            inner = root / path
+            yield from (p for p in [*reversed(inner.parents), inner] if p.is_relative_to(root))
 
 
 def clusters(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[list[int]]:

@@ -111,6 +111,19 @@ class Speed:
 
 
 @dataclass(frozen=True)
+class ThreadTuning:
+    """With how many threads models about this large ran fastest.
+
+    `seconds` per token of decode and prefill by number of threads; none where other programs kept
+    the device busy, so that it says nothing of the next time.
+    """
+
+    n_weights: int
+    n_threads: int
+    seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class DeviceProfile(Record):
     """Overheads are by the model's `shape_digest`; old profiles have no `attention`.
 
@@ -124,7 +137,7 @@ class DeviceProfile(Record):
     n_prompt: int
     kernels: Kernels
     overheads: Mapping[str, Overhead] = field(default_factory=dict)
-    thread_seconds: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    tunings: Sequence[ThreadTuning] = field(default_factory=list)
     notes: Sequence[str] = ()
     attention: Kernels = field(default_factory=dict)
 
@@ -166,6 +179,11 @@ class DeviceProfile(Record):
             overheads={**self.overheads, **newer.overheads},
             attention=both(self.attention, newer.attention),
         )
+
+    def with_tuning(self, tuning: ThreadTuning) -> DeviceProfile:
+        """With the newer of two for the same size."""
+        others = [t for t in self.tunings if t.n_weights != tuning.n_weights]
+        return replace(self, tunings=[*others, tuning])
 
     # -- products --
 

@@ -10,7 +10,7 @@ from apreqel.device import timing
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.shapes import standard_model
 from apreqel.device.store import load_named, store_folder, stored_profile
-from apreqel.device.threads import tuned_threads, with_threads
+from apreqel.device.threads import tune_threads, tuned_threads, with_threads
 from apreqel.model.inventory import Inventory
 from apreqel.progress import Progress
 from apreqel.workspace import Workspace, opened
@@ -21,16 +21,21 @@ def profile_of(space: Workspace, *, again: bool = False) -> DeviceProfile:
 
     Raises LockedError where another apreqel is timing: two would disturb each other.
     """
-    if space.tune_threads and (tuned := tuned_threads()):
-        space = replace(space, n_threads=tuned, tune_threads=False)
     with artifacts.lock(store_folder() / ".lock"):
-        known = None if space.tune_threads else stored_profile(space.n_threads)
+        tuning = None
+        if space.tune_threads and (again or not tuned_threads(space.inventory)):
+            tuning = tune_threads(space)
+            space = replace(space, n_threads=tuning.n_threads)
+        known = stored_profile(space.n_threads)
         if known and not again and known.is_complete(space.inventory):
-            return known
-        measured = timing.measure_profile(space, known=None if again else known)
-        if known:
-            measured = known.merged(measured)
-        measured.save(store_folder() / f"{measured.name}.json")
+            measured = known
+        else:
+            measured = timing.measure_profile(space, known=None if again else known)
+            measured = known.merged(measured) if known else measured
+        if tuning:
+            measured = measured.with_tuning(tuning)
+        if measured is not known:
+            measured.save(store_folder() / f"{measured.name}.json")
     return measured
 
 

@@ -10,12 +10,13 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from apreqel.device.machine import this_device
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.shapes import standard_model
-from apreqel.errors import UsageError, printable
+from apreqel.errors import ArtifactError, UsageError, printable
 from apreqel.model.inventory import Inventory, find_model, read_inventory
 
 
@@ -76,12 +77,16 @@ def import_profile(path: Path) -> tuple[str, Path]:
 
 
 def own_profiles(n_threads: int | str = "*") -> Iterator[DeviceProfile]:
-    """What was measured on this very device with this llama.cpp, with any number of threads."""
+    """What was measured on this very device with this llama.cpp, with any number of threads.
+
+    A file that this apreqel cannot read is none: it is measured again, and replaced.
+    """
     if any(store_folder().glob("*.json")):
         _, fingerprint = this_device()
         for path in sorted(store_folder().glob(f"*-{n_threads}t-{fingerprint[:6]}.json")):
-            if (found := DeviceProfile.load(path)).fingerprint == fingerprint:
-                yield found
+            with suppress(ArtifactError):
+                if (found := DeviceProfile.load(path)).fingerprint == fingerprint:
+                    yield found
 
 
 def stored_profile(n_threads: int) -> DeviceProfile | None:

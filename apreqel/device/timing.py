@@ -26,7 +26,6 @@ from apreqel.device.memory import measure_rest
 from apreqel.device.profile import Anchor, DeviceProfile, Kernel, Overhead, default_name
 from apreqel.device.rounds import Rounds, fit_overhead
 from apreqel.device.shapes import Shape, timed_shapes, write_shapes
-from apreqel.device.threads import tune_threads
 from apreqel.llama.graphs import CACHED_TOKENS, HeadShape, MatrixShape
 from apreqel.llama.kernels import KernelBench
 from apreqel.llama.library import build_info
@@ -81,10 +80,6 @@ def measure_profile(
     device, fingerprint = this_device()
     with tempfile.TemporaryDirectory(prefix="profile-", dir=space.folder) as folder:
         space = replace(space, folder=Path(folder))
-        thread_seconds: Mapping[str, Sequence[float]] = {}
-        if space.tune_threads:
-            best, thread_seconds = tune_threads(space)
-            space = replace(space, n_threads=best)
         known = known or DeviceProfile(
             Provenance("", build_info(), fingerprint, {"n_prompt": real_runs.PROMPT_TOKENS}),
             default_name(device, space.n_threads, fingerprint),
@@ -93,7 +88,6 @@ def measure_profile(
             space.n_threads,
             real_runs.PROMPT_TOKENS,
             {},
-            thread_seconds=thread_seconds,
         )
         run = _Measurement(space, device, also or {}, real_runs.prompt_tokens(space.inventory))
         with pinned(space.n_threads):

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from apreqel import last_words
 from apreqel.arrays import Floats, Tokens
 from apreqel.errors import EngineError, UnsupportedModelError
 from apreqel.llama.activations import Listener, show_node
@@ -57,8 +58,10 @@ class LoadedModel(AbstractContextManager["LoadedModel"]):
             for row, (key, value) in zip(table, overrides.items(), strict=False):
                 row.tag, row.key = c.LLAMA_KV_OVERRIDE_TYPE_INT, key.encode()
                 row.value.val_i64 = value
+        last_words.note(call="loading a model")
         with c_call():
             self._model = c.llama_model_load_from_file(os.fsencode(path), params)
+        last_words.note(call="")
         if not self._model:
             if "unknown model architecture" not in reason():
                 raise EngineError(f"{path}: llama.cpp cannot load it: {reason()}")

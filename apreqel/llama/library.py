@@ -17,11 +17,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from apreqel import last_words
 from apreqel.errors import EngineError, printable
 
 _GPU_DEVICES = (1, 2)  # enum ggml_backend_dev_type: GPU, IGPU
 
-_LOG_LINES_KEPT, _LOG_LEVEL_WARN = 40, 3
+_LOG_LINES_KEPT, _LOG_LEVEL_WARN, _LOG_LEVEL_ERROR = 40, 3, 4
 
 # --- ggml, as its headers declare it --------------------------------------------------------------
 
@@ -69,8 +70,11 @@ class GgmlInitParams(ctypes.Structure):
     _fields_ = [("mem_size", _size), ("mem_buffer", _pointer), ("no_alloc", _bool)]
 
 
+_abort_callback = ctypes.CFUNCTYPE(None, _string)
+
 # The result and the arguments of each function.
 _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
+    "ggml_set_abort_callback": (_pointer, [_abort_callback]),
     "ggml_init": (_pointer, [GgmlInitParams]),
     "ggml_free": (None, [_pointer]),
     "ggml_op_name": (_string, [_int]),
@@ -114,7 +118,7 @@ _PROTOTYPES: dict[str, tuple[Any, list[Any]]] = {
 
 _recent_log: deque[str] = deque(maxlen=_LOG_LINES_KEPT)  # warnings and errors
 _log_lines: list[str] | None = None  # everything llama.cpp says, while someone wants it
-_log_callback: Any = None
+_callbacks: list[Any] = []  # C holds them, too
 
 
 def readable(text: bytes | None) -> str:
@@ -125,7 +129,6 @@ def readable(text: bytes | None) -> str:
 @lru_cache(maxsize=1)
 def library() -> Any:
     """The `llama_cpp.llama_cpp` module, silenced and initialised. Raises EngineError."""
-    global _log_callback
     try:
         from llama_cpp import llama_cpp
     except (ImportError, OSError, RuntimeError) as error:
@@ -136,11 +139,17 @@ def library() -> Any:
     def keep(level: int, text: bytes | None, _user_data: object) -> None:
         if level >= _LOG_LEVEL_WARN:
             _recent_log.append(readable(text).strip())
+        if level == _LOG_LEVEL_ERROR:
+            last_words.note(reason=printable(_recent_log[-1], 200))
         if _log_lines is not None:
             _log_lines.append(readable(text))
 
-    _log_callback = llama_cpp.llama_log_callback(keep)
-    llama_cpp.llama_log_set(_log_callback, ctypes.c_void_p(0))
+    def last(text: bytes | None) -> None:
+        last_words.note(reason=printable(readable(text).rpartition("/")[2], 200))
+
+    _callbacks[:] = llama_cpp.llama_log_callback(keep), _abort_callback(last)
+    llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
+    _Ggml(llama_cpp._lib._name).ggml_set_abort_callback(_callbacks[1])
     llama_cpp.llama_backend_init()
     return llama_cpp
 
@@ -232,6 +241,7 @@ def c_call() -> Iterator[list[int]]:
     before = {
         number: signal.signal(number, lambda number, _frame: noted.append(number))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup lets it be
     }
     try:
         yield noted
@@ -239,4 +249,5 @@ def c_call() -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
     if noted:
+        signal.raise_signal(noted[0])  # to whoever was to get it
         raise KeyboardInterrupt

@@ -19,10 +19,14 @@ _DRY_RUN_TYPE = re.compile(r"-> +[\d.]+ MiB \((\S+)\)")
 
 
 def stock_presets() -> Mapping[str, int]:
-    """The presets of llama_model_quantize by name, with their ftype number."""
+    """The presets of llama_model_quantize by name, with their ftype number.
+
+    Also by the short names that llama-quantize takes for the usual one of several.
+    """
     prefix = "LLAMA_FTYPE_MOSTLY_"
     found = {k: int(v) for k, v in vars(library()).items() if k.startswith(prefix)}
-    return {k.removeprefix(prefix): found[k] for k in sorted(found, key=found.__getitem__)}
+    named = {k.removeprefix(prefix): found[k] for k in sorted(found, key=found.__getitem__)}
+    return named | {name[:-2]: n for name, n in named.items() if re.fullmatch("Q[345]_K_M", name)}
 
 
 def stock_quantize(

@@ -43,6 +43,7 @@ UINT32, FLOAT32, STRING, ARRAY = 4, 6, 8, 9
 
 _U32, _U64 = SCALARS[4], SCALARS[10]
 _BLOCK_BYTES = 1 << 20
+_MOST_PADDING = 1 << 20
 # As files are cut for upload, by hand or by split: joined again with cat.
 _PART = re.compile(r"\.(part[0-9]+(of[0-9]+)?|part[a-z]{2}|[0-9]{3})$")
 # The least that a key-value pair or a tensor record can take: for counts that cannot be true.
@@ -311,6 +312,11 @@ class _Reader:
             )
         return TensorRecord(name, shape, ggml_type, offset)
 
+    def _is_zero_from(self, start: int) -> bool:
+        """Whether only padding follows, which llama.cpp ignores."""
+        rest = self.file_size - start
+        return rest <= _MOST_PADDING and not any(os.pread(self._descriptor, rest, start))
+
     def _check_extents(self, header: GgufHeader) -> None:
         """Tensors must follow each other, padded, in the order of the header, to the file's end."""
         expected = 0
@@ -328,7 +334,7 @@ class _Reader:
                 )
             expected += padded(size, header.alignment)
         end = header.data_start + expected
-        if end < self.file_size:
+        if end < self.file_size and not self._is_zero_from(end):
             why = "; damaged, or joined from parts"
             if os.pread(self._descriptor, 4, end) == MAGIC:
                 why = (

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -112,7 +112,7 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> None:
     write_atomically(path, encode_header(metadata, records, DEFAULT_ALIGNMENT) + data)
 
 
-def _is_legacy(path: Path) -> bool:
+def is_legacy(path: Path) -> bool:
     """Whether a file begins as llama.cpp's old imatrix does: a count, a length, a tensor's name."""
     try:
         with open(path, "rb") as file:
@@ -125,30 +125,16 @@ def _is_legacy(path: Path) -> bool:
 
 
 def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
-    """Read and check a GGUF imatrix against the model. Raises ModelFileError, CalibrationError."""
-    if _is_legacy(path):
-        raise CalibrationError(
-            f"{path}: a legacy imatrix of llama.cpp; convert it: "
-            f"llama-imatrix --in-file {path.name} -o {path.stem}.gguf"
-        )
-    header = read_header(path)
-    if header.get("general.type") != "imatrix":
-        raise CalibrationError(
-            f"{path}: field general.type is {header.get('general.type')!r}, not 'imatrix'; "
-            "give an imatrix GGUF (llama-imatrix writes one)"
-        )
-    raw: dict[str, Floats] = {}
-    with open(path, "rb") as file:
-        for record in header.tensors:
-            if record.ggml_type != lookup("F32").ggml_id:
-                raise CalibrationError(f"{path}: tensor {printable(record.name)} is not F32")
-            file.seek(header.data_start + record.offset)
-            values = np.fromfile(file, "<f4", math.prod(record.shape)).astype(np.float32)
-            if not np.isfinite(values).all():
-                raise CalibrationError(
-                    f"{path}: tensor {printable(record.name)} holds NaN or Inf; collect it again"
-                )
-            raw[record.name] = values.reshape(record.shape[::-1])
+    """Read and check an imatrix against the model, GGUF or legacy.
+
+    Raises ModelFileError, CalibrationError.
+    """
+    raw, found = (_read_legacy if is_legacy(path) else _read_gguf)(path)
+    for name, values in raw.items():
+        if not np.isfinite(values).all():
+            raise CalibrationError(
+                f"{path}: tensor {printable(name)} holds NaN or Inf; collect it again"
+            )
     entries: dict[str, ImatrixEntry] = {}
     strange = ""
     for name, sums in ((k.removesuffix(_SUMS), v) for k, v in raw.items() if k.endswith(_SUMS)):
@@ -160,6 +146,8 @@ def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
         expected = (tensor.n_experts, tensor.row_length)
         if counts is None:
             raise CalibrationError(f"{shown}{_SUMS} has no {_COUNTS} beside it; collect it again")
+        if sums.ndim == 1 and sums.size == math.prod(expected):
+            sums = sums.reshape(expected)  # a legacy file has no shapes
         if sums.reshape(-1, sums.shape[-1]).shape != expected:
             raise CalibrationError(
                 f"{shown} has {sums.size} values, the model needs {expected[0]} x {expected[1]}; "
@@ -173,10 +161,60 @@ def read_imatrix(path: Path, inventory: Inventory) -> Imatrix:
         raise CalibrationError(f"{strange} is not in the model; this is another model's imatrix")
     if not entries:
         raise CalibrationError(f"{path}: holds no *.in_sum2 tensors; not a usable imatrix")
+    return replace(found, entries=entries)
+
+
+def _read_gguf(path: Path) -> tuple[dict[str, Floats], Imatrix]:
+    """The arrays of a file by name, and what it says of itself."""
+    header = read_header(path)
+    if header.get("general.type") != "imatrix":
+        raise CalibrationError(
+            f"{path}: field general.type is {header.get('general.type')!r}, not 'imatrix'; "
+            "give an imatrix GGUF (llama-imatrix writes one)"
+        )
+    raw: dict[str, Floats] = {}
+    with open(path, "rb") as file:
+        for record in header.tensors:
+            if record.ggml_type != lookup("F32").ggml_id:
+                raise CalibrationError(f"{path}: tensor {printable(record.name)} is not F32")
+            file.seek(header.data_start + record.offset)
+            values = np.fromfile(file, "<f4", math.prod(record.shape)).astype(np.float32)
+            raw[record.name] = values.reshape(record.shape[::-1])
     datasets = header.get("imatrix.datasets")
-    return Imatrix(
-        entries,
+    return raw, Imatrix(
+        {},
         tuple(map(str, datasets)) if isinstance(datasets, list) else (),
         header.integer("imatrix.chunk_count"),
         header.integer("imatrix.chunk_size", 512),
     )
+
+
+def _read_legacy(path: Path) -> tuple[dict[str, Floats], Imatrix]:
+    """The same of llama.cpp's imatrix.dat (save_imatrix_legacy in tools/imatrix/imatrix.cpp).
+
+    A count; by tensor the length of its name, that, how often it was used, the number of columns,
+    and their means times that often. Newer files end with the number of chunks and the text's name.
+    """
+    data, at, raw = path.read_bytes(), 4, dict[str, Floats]()
+
+    def take(n_bytes: int) -> bytes:
+        nonlocal at
+        if not 0 <= n_bytes <= len(data) - at:
+            raise CalibrationError(
+                f"{path}: damaged at byte {at}: {n_bytes} more are wanted, {len(data) - at} are "
+                "left; collect it again"
+            )
+        at += n_bytes
+        return data[at - n_bytes : at]
+
+    def number() -> int:
+        return int.from_bytes(take(4), "little", signed=True)
+
+    for _ in range(int.from_bytes(data[:4], "little", signed=True)):
+        name = take(number()).decode("utf-8", "replace")
+        count, n_columns = number(), number()
+        raw[name + _COUNTS] = np.array([count], np.float32)
+        raw[name + _SUMS] = np.frombuffer(take(4 * n_columns), "<f4").astype(np.float32)
+    n_chunks = number() if at < len(data) else 0
+    text = take(number()).decode("utf-8", "replace") if at < len(data) else ""
+    return raw, Imatrix({}, (text,) if text else (), n_chunks)

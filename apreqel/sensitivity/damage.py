@@ -400,8 +400,8 @@ def expected_gain(gap: Doubles, deviation: Doubles) -> Doubles:
     """How much a value that now lies `gap` behind is expected to win by (Jones et al. 1998)."""
     from scipy.special import ndtr
 
-    deviation = np.maximum(deviation, 1e-300)
-    z = gap / deviation
-    density = np.exp(-0.5 * np.square(np.minimum(np.abs(z), 37))) / math.sqrt(2 * math.pi)
+    deviation = np.maximum(deviation, 1e-30)
+    z = np.minimum(gap / deviation, 37)  # beyond that nothing is expected
+    density = np.exp(-0.5 * np.square(np.maximum(z, -37))) / math.sqrt(2 * math.pi)
     gain: Doubles = np.maximum(0.0, deviation * (density - z * ndtr(-z)))
     return gain

@@ -14,7 +14,7 @@ from pathlib import Path
 from speed_prediction import mixed_plans
 
 from apreqel.device import memory, shapes, store
-from apreqel.device.threads import usual_threads
+from apreqel.device.threads import default_threads
 from apreqel.llama.footprint import measure_footprint
 from apreqel.model.inventory import read_inventory
 
@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path)
     args = parser.parse_args()
     inventory = read_inventory(args.model)
-    known = store.stored_profile(usual_threads())
+    known = store.stored_profile(default_threads())
     if known is None or not known.covers(inventory):
         raise SystemExit(f"{args.model}: run apreqel profile first")
     maps = {
