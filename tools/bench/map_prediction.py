@@ -11,13 +11,13 @@ nothing was fitted on, and on --text, beside which predictions may be off by a c
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from results import keep
 
 from apreqel import pipeline, quantize
 from apreqel.console.terminal import Reporter
@@ -147,16 +147,17 @@ def main() -> None:
                 f"{nats}  predicted / measured {row.predicted / row.measured['kept apart']:.3f}",
                 flush=True,
             )
+    says = []
     for name in rows[0].measured:
         off = np.log([row.predicted / row.measured[name] for row in rows])
         # Another text is easier or harder as a whole.
         off -= 0.0 if name == "kept apart" else np.median(off)
         size = np.abs(np.expm1(off))
-        print(f"{name}: off by {np.median(size):.1%} (median), {size.max():.1%} (worst)")
+        says.append(f"{name}: off by {np.median(size):.1%} (median), {size.max():.1%} (worst)")
     held = [row.interval[0] <= row.measured["kept apart"] <= row.interval[1] for row in rows]
-    print(f"95% intervals hold {sum(held)} of {len(held)}")
-    if args.json:
-        args.json.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    says.append(f"95% intervals hold {sum(held)} of {len(held)}")
+    print("\n".join(says))
+    keep(args.json, rows, "; ".join(says))
 
 
 if __name__ == "__main__":
