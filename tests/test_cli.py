@@ -356,6 +356,8 @@ def test_no_limit_is_beyond_all_numbers(llama_model: Path, tmp_path: Path) -> No
     for option in ("--max-kld", "--target-bpw", "--min-decode-tps", "--min-prefill-tps"):
         for value in ("inf", "nan", "1e300"):
             expect(2, option, "plan", llama_model, "--workdir", tmp_path, option, value)
+    for value in ("inf", "nan"):
+        expect(2, "--minutes", "plan", llama_model, "--workdir", tmp_path, "--minutes", value)
 
 
 def test_an_empty_option_is_no_limit_left_out(llama_model: Path, tmp_path: Path) -> None:

@@ -93,6 +93,12 @@ def solved(inventory: Inventory, request: PlanRequest, **options: Any) -> Solved
 # --- limits and priorities -----------------------------------------------------------------------
 
 
+def test_bits_per_weight_out_of_reach_are_told_as_such(inventory: Inventory) -> None:
+    message = r"--target-bpw 1\.50 \(.* MB\): cannot be met; the nearest possible is [2-9]\.\d\d \("
+    with pytest.raises(InfeasiblePlanError, match=message):
+        solved(inventory, PlanRequest(target_bpw=1.5))
+
+
 def test_every_limit_is_kept_and_the_prices_are_true(inventory: Inventory) -> None:
     free = solved(inventory, PlanRequest("accuracy", max_size_bytes=10**9, any_speed=True))
     assert all(limit.name == "--max-size" for limit in free.limits) and not list(free.binding())
@@ -460,7 +466,7 @@ def test_recipes_there_and_back(inventory: Inventory, tmp_path: Path) -> None:
     joined.write_text(recipes.custom_q(types, inventory))
     assert recipes.read_recipe(lines, inventory) == types
     assert recipes.read_recipe(joined, inventory) == types
-    (tmp_path / "short.txt").write_text("attn_[qk]=q8_0\nblk\\.[0-9]{1,2}\\.attn=q4_0 # rest\n")
+    (tmp_path / "short.txt").write_text("ATTN_[QK]=q8_0\nblk\\.[0-9]{1,2}\\.attn=q4_0 # rest\n")
     found = recipes.read_recipe(tmp_path / "short.txt", inventory)
     assert found["blk.0.attn_q.weight"] == "Q8_0" and found["blk.1.attn_v.weight"] == "Q4_0"
     assert "blk.0.ffn_up.weight" not in found
@@ -469,6 +475,8 @@ def test_recipes_there_and_back(inventory: Inventory, tmp_path: Path) -> None:
         ("(=q8_0", "line 1"),
         ("q8_0", "give pattern=type"),
         ("nobody=q8_0", "names no tensor"),
+        ("blk=q8_0\nblk.7.attn=q4_0", "line 2: blk.7.attn=q4_0: names no tensor"),
+        ("_norm=f32", "names no tensor of .* that can be quantised"),
     ):
         (tmp_path / "bad.txt").write_text(text)
         with pytest.raises(UsageError, match=message.replace("(", r"\(")):

@@ -132,7 +132,8 @@ class FileBench(AbstractContextManager["FileBench"]):
                 n_threads=space.n_threads,
                 allow_requantize=True,
             )
-            klds, size = self._text.compare(path).kld_nats, path.stat().st_size
+            found = self._text.compare(path, f"{space.model} as {label}")
+            klds, size = found.kld_nats, path.stat().st_size
         chunks = klds.reshape(self._text.tokens.n_chunks, -1).mean(axis=1).tolist()
         worst, version = float(np.quantile(klds, 0.999)), VERSION if gptq else 0
         return FileMeasurement(label, dict(types), size, tuple(chunks), worst, version)

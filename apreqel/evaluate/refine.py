@@ -143,7 +143,7 @@ def _planned_bench(probed: ProbedModel) -> Iterator[tuple[ProbeBench, ReferenceR
     text = probed.sensitivity.probe_text.part(slice(-_CHUNKS, None))
     with (
         scratch_copy(probed.space) as scratch,
-        LoadedModel(scratch, patchable=True) as model,
+        LoadedModel(scratch, patchable=True, shown=str(probed.space.model)) as model,
         opened_bench(probed.space, scratch, model, text, probed.imatrix) as bench,
     ):
         yield bench, bench.reference(text, scratch.parent)

@@ -22,13 +22,15 @@ from apreqel.workspace import Workspace
 
 
 @contextmanager
-def running(path: Path, n_ctx: int, n_threads: int) -> Iterator[tuple[LoadedModel, Context]]:
+def running(
+    path: Path, n_ctx: int, n_threads: int, shown: str = ""
+) -> Iterator[tuple[LoadedModel, Context]]:
     """A file as users run it. Raises UnsupportedModelError where `n_ctx` is beyond its training."""
-    with LoadedModel(path) as model:
+    with LoadedModel(path, shown=shown) as model:
         if model.context_length and model.context_length < n_ctx:
             raise UnsupportedModelError(
-                f"{path}: trained for {model.context_length} tokens of context, verification uses "
-                f"{n_ctx}; lower it with --ctx"
+                f"{model.shown}: trained for {model.context_length} tokens of context, "
+                f"verification uses {n_ctx}; lower it with --ctx"
             )
         n = sequences_at_once(n_ctx, model.n_vocab, 2)
         with model.context(n_ctx, n, n_threads) as context:
@@ -74,16 +76,16 @@ class OnText:
     def tokens(self) -> TokenSet:
         return self.reference.tokens
 
-    def compare(self, path: Path) -> Comparison:
+    def compare(self, path: Path, shown: str = "") -> Comparison:
         """Raises EngineError (NaN, or it does not load), VerificationError for another model."""
-        with running(path, self.tokens.n_ctx, self.n_threads) as (model, context):
+        with running(path, self.tokens.n_ctx, self.n_threads, shown) as (model, context):
             n_vocab = self.reference.rows.logits.shape[1]
             if model.n_vocab != n_vocab:
                 raise VerificationError(
-                    f"{path}: has {model.n_vocab} tokens in its vocabulary, the original "
+                    f"{model.shown}: has {model.n_vocab} tokens in its vocabulary, the original "
                     f"{n_vocab}; it is another model"
                 )
             result = compared(context, self.reference, self.pool)
         if not result.is_finite:
-            raise EngineError(f"{path}: gives NaN or Inf logits")
+            raise EngineError(f"{shown or path}: gives NaN or Inf logits")
         return result

@@ -36,6 +36,7 @@ class LoadedModel(AbstractContextManager["LoadedModel"]):
         patchable: bool = False,
         offload: bool = False,
         simulated: bool = False,
+        shown: str = "",
         overrides: Mapping[str, int] | None = None,
     ) -> None:
         """Load `path`, on the CPU unless `offload`. Raises EngineError where llama.cpp cannot.
@@ -43,9 +44,10 @@ class LoadedModel(AbstractContextManager["LoadedModel"]):
         `patchable` keeps the weights in the file's map (not repacked), so that writes to the file
         reach the next evaluation. `offload` puts all layers on a GPU where this build has one.
         `simulated` reads no weights and allocates nothing: llama.cpp only says what it would.
+        `shown` is what messages call it, where that is not the path.
         `overrides` are integers of the metadata to take instead of the file's, by key.
         """
-        self.path, self.on_gpu = path, offload and bool(gpu_name())
+        self.shown, self.on_gpu = shown or str(path), offload and bool(gpu_name())
         c = library()
         params = c.llama_model_default_params()
         params.n_gpu_layers = _ALL_LAYERS if self.on_gpu else 0
@@ -64,10 +66,10 @@ class LoadedModel(AbstractContextManager["LoadedModel"]):
         last_words.note(call="")
         if not self._model:
             if "unknown model architecture" not in reason():
-                raise EngineError(f"{path}: llama.cpp cannot load it: {reason()}")
+                raise EngineError(f"{self.shown}: llama.cpp cannot load it: {reason()}")
             raise UnsupportedModelError(
-                f"{path}: {reason()}; this llama.cpp cannot run it, only apreqel inspect works; "
-                "update llama-cpp-python"
+                f"{self.shown}: {reason()}; this llama.cpp cannot run it, only apreqel inspect "
+                "works; update llama-cpp-python"
             )
         self._vocab = c.llama_model_get_vocab(self._model)
         self.n_vocab = int(c.llama_vocab_n_tokens(self._vocab))
@@ -108,7 +110,7 @@ class LoadedModel(AbstractContextManager["LoadedModel"]):
         pointer = buffer.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
         count = c.llama_tokenize(self._vocab, raw, len(raw), pointer, len(buffer), False, False)
         if count < 0:
-            raise EngineError(f"{self.path}: llama.cpp cannot tokenise the text")
+            raise EngineError(f"{self.shown}: llama.cpp cannot tokenise the text")
         return buffer[:count].copy()
 
     def context(
@@ -152,7 +154,7 @@ class Context(AbstractContextManager["Context"]):
             params.cb_eval = self._callback
         self._context = c.llama_init_from_model(model._model, params)
         if not self._context:
-            raise EngineError(f"{model.path}: llama.cpp cannot make a context: {reason()}")
+            raise EngineError(f"{model.shown}: llama.cpp cannot make a context: {reason()}")
         self._n_batch = int(c.llama_n_batch(self._context))
         self._batch = c.llama_batch_init(params.n_ctx, 0, 1)
 
@@ -198,7 +200,7 @@ class Context(AbstractContextManager["Context"]):
             failure, self._failure = self._failure, None
             raise failure
         if code:
-            raise EngineError(f"{self.model.path}: llama_decode ended with {code}: {reason()}")
+            raise EngineError(f"{self.model.shown}: llama_decode ended with {code}: {reason()}")
 
     def seconds(self, n_prompt: int, n_generated: int) -> tuple[float, float]:
         """Seconds for a prompt of `n_prompt` tokens, and for `n_generated` one by one after it."""

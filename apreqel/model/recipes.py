@@ -39,7 +39,7 @@ def read_recipe(path: Path, inventory: Inventory) -> dict[str, str]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: no readable recipe ({error})") from error
-    rules: list[tuple[re.Pattern[str], str]] = []
+    names, found = [t.name for t in inventory.quantizable], dict[str, str]()
     for number, line in enumerate(text.splitlines(), 1):
         content = line.split("#")[0].strip()
         # A comma may also stand in a pattern: it joins rules where there are several.
@@ -49,14 +49,19 @@ def read_recipe(path: Path, inventory: Inventory) -> dict[str, str]:
             pattern, _, kind = rule.strip().rpartition("=")
             if not pattern:
                 raise UsageError(f"{path}, line {number}: {printable(rule)}: give pattern=type")
-            try:
-                rules.append((re.compile(pattern), lookup(kind.strip()).name))
+            try:  # llama-quantize takes capitals as small letters, too
+                matches, type_name = re.compile(pattern, re.IGNORECASE).search, lookup(kind.strip())
             except (re.error, UsageError) as error:
                 raise UsageError(f"{path}, line {number}: {printable(rule)}: {error}") from error
-    names = [t.name for t in inventory.quantizable]
-    found = {n: kind for pattern, kind in reversed(rules) for n in names if pattern.search(n)}
+            if not any(map(matches, inventory.by_name)):
+                raise UsageError(
+                    f"{path}, line {number}: {printable(rule)}: names no tensor of "
+                    f"{inventory.name}; take it out, or give the recipe's own model"
+                )
+            for name in filter(matches, names):
+                found.setdefault(name, type_name.name)
     if not found:
-        raise UsageError(f"{path}: names no tensor of {inventory.name}")
+        raise UsageError(f"{path}: names no tensor of {inventory.name} that can be quantised")
     return {name: found[name] for name in names if name in found}
 
 

@@ -102,7 +102,6 @@ class Options:
     # -- limits --
 
     def size_limit(self, file_bytes: float, name: str = "--max-size") -> Limit:
-
         def show(data: float) -> str:
             whole = data + self.fixed_bytes
             return f"{whole:.0f} bytes ({whole / 1e6:.2f} MB)"

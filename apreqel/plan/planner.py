@@ -169,7 +169,8 @@ class Planner:
         budget = self.size_budget(options)
         if budget is not None:
             by_size = request.max_size_bytes == budget
-            limits.append(options.size_limit(budget, "--max-size" if by_size else "--target-bpw"))
+            limit = options.size_limit(budget)
+            limits.append(limit if by_size else self._as_bits_per_weight(limit, options))
         if request.max_kld_nats is not None:
             damage_sum = limit_factor * options.sum_for(request.max_kld_nats)
             limits.append(options.damage_limit(damage_sum, "--max-kld"))
@@ -202,8 +203,18 @@ class Planner:
         request = self.request
         budgets = [] if request.max_size_bytes is None else [request.max_size_bytes]
         if request.target_bpw is not None:
-            # Bits per weight count tensor data, without header and padding.
-            kept = sum(t.size_bytes for t in self.inventory.tensors if t.keep_reason is not None)
-            data = request.target_bpw * self.inventory.n_weights / 8 - kept
+            data = request.target_bpw * self.inventory.n_weights / 8 - self._kept_bytes
             budgets.append(int(data) + options.fixed_bytes)
         return min(budgets, default=None)
+
+    @property
+    def _kept_bytes(self) -> int:
+        """Of tensors that are never quantised: bits per weight count all tensor data."""
+        return sum(t.size_bytes for t in self.inventory.tensors if t.keep_reason is not None)
+
+    def _as_bits_per_weight(self, limit: Limit, options: Options) -> Limit:
+        def show(data: float) -> str:
+            bits = 8 * (data + self._kept_bytes) / self.inventory.n_weights
+            return f"{bits:.2f} ({(data + options.fixed_bytes) / 1e6:.2f} MB)"
+
+        return replace(limit, name="--target-bpw", show=show)

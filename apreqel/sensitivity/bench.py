@@ -250,7 +250,7 @@ class ProbeBench:
         for rows, logits in evaluated(self._context, tokens):
             if not np.isfinite(logits).all():
                 raise EngineError(
-                    f"{self._context.model.path}: the unquantised model gives NaN or Inf logits"
+                    f"{self._context.model.shown}: the unquantised model gives NaN or Inf logits"
                 )
             entropy = Reference.of(logits, self.pool).entropies(self.pool).reshape(-1, per_draw)
             best = np.sort(np.argsort(-entropy, axis=1, kind="stable")[:, :kept], axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from apreqel.errors import UsageError
@@ -30,6 +31,8 @@ def effort_from(name: str, minutes: float | None = None) -> Effort:
     """Raises UsageError."""
     if name not in EFFORTS:
         raise UsageError(f"--effort {name!r}: choose one of {', '.join(EFFORTS)}")
+    if minutes is not None and not math.isfinite(minutes):
+        raise UsageError(f"--minutes {minutes}: give a number, or leave it out for no limit")
     return replace(EFFORTS[name], minutes=minutes)
 
 

@@ -99,7 +99,7 @@ def measure(
         with scratch_copy(space) as scratch:
             run.source.check()
             try:
-                with LoadedModel(scratch, patchable=True) as model:
+                with LoadedModel(scratch, patchable=True, shown=str(space.model)) as model:
                     run.measure(scratch, model, texts, imatrix_file)
             except KeyboardInterrupt:
                 run.keep(now=True)
@@ -304,7 +304,7 @@ class _Run:
             allow_requantize=True,
         )
         with (
-            LoadedModel(path) as model,
+            LoadedModel(path, shown=f"{inventory.files[0]} quantised") as model,
             context_for(model, part.tokens, self.space.n_threads) as context,
         ):
             found = float(compared(context, part, bench.pool).kld_nats.mean())
