@@ -16,7 +16,7 @@ import typer
 from apreqel import __version__, last_words
 from apreqel import arguments as arg
 from apreqel.console.terminal import Reporter, answer, remark, write
-from apreqel.errors import ApreqelError, Interrupted, UsageError
+from apreqel.errors import ApreqelError, Interrupted, Killed, UsageError, printable
 from apreqel.plan.wishes import Wishes
 
 if TYPE_CHECKING:
@@ -388,6 +388,14 @@ def main() -> NoReturn:
     except (KeyboardInterrupt, typer.Abort):
         print(f"apreqel: {Interrupted.message}", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
+    except OSError as error:  # where nobody knew what it means
+        where = ": ".join(str(name) for name in (error.filename, error.filename2) if name)
+        told = f"{where or 'a file'}: {error.strerror or error}"
+        print(f"apreqel: {printable(told, 500)}", file=sys.stderr)
+        sys.exit(ApreqelError.exit_code)
+    except MemoryError:
+        print("apreqel: memory ran out; close other programs or use less", file=sys.stderr)
+        sys.exit(Killed.exit_code)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "format_message"):  # click's usage errors
             message = error.format_message()  # the help itself where nothing at all was asked

@@ -43,7 +43,7 @@ def keep(path: Path | None, rows: Sequence[Any], says: str = "") -> None:
 
 def _shown(value: Any) -> str:
     if isinstance(value, float):
-        return f"{value:.4g}" if abs(value) < 1 else f"{value:.2f}"
+        return f"{value:.4g}"
     if isinstance(value, list):
         first, *interval = map(_shown, value)
         return (
