@@ -21,7 +21,10 @@ _COMMAND = f"""\
 import sys
 sys.path = [{str(Path(__file__).parent.parent)!r}, *filter(None, sys.path)]
 sys.argv[0] = "apreqel"
-from apreqel.cli import main
+try:
+    from apreqel.cli import main
+except KeyboardInterrupt:
+    sys.exit({Interrupted.exit_code})
 main()
 """
 

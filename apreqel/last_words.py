@@ -11,6 +11,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable
+from contextlib import suppress
 
 # In the child's environment: where to tell, and a pipe that ends when the watching process does.
 VARIABLE = "APREQEL_WATCHED"
@@ -43,8 +44,9 @@ def note(**said: object) -> None:
 
 
 def heard(lines: Iterable[bytes]) -> dict[str, str]:
-    """What was noted last of each, once the child has ended."""
+    """What was noted last of each, once the child has ended; half a line is not taken."""
     said: dict[str, str] = {}
     for line in lines:
-        said |= json.loads(line)
+        with suppress(ValueError):
+            said |= json.loads(line)
     return said
