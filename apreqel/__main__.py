@@ -28,14 +28,12 @@ except KeyboardInterrupt:
 main()
 """
 
-_PASSED_ON = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
 
 def main() -> NoReturn:
     code, said = watched([sys.executable, "-c", _COMMAND, *sys.argv[1:]])
     if code >= 0:
         sys.exit(code)
-    if -code in _PASSED_ON:  # before the child could take them
+    if -code in last_words.STOPPING:  # before the child could take them
         print(f"apreqel: {Interrupted.message}", file=sys.stderr)
         sys.exit(Interrupted.exit_code)
     if "folder" in said:
@@ -61,9 +59,8 @@ def watched(command: list[str]) -> tuple[int, dict[str, str]]:
     environment = {"GGML_NO_BACKTRACE": "1", **os.environ, last_words.VARIABLE: f"{told},{alive}"}
     # Files that a shell opened for us, as `<(...)` does, are the child's too.
     child = subprocess.Popen(command, env=environment, close_fds=False)
-    for number in _PASSED_ON:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup lets it be
-            signal.signal(number, lambda number, _frame: os.kill(child.pid, number))
+    for number in last_words.heeded():
+        signal.signal(number, lambda number, _frame: os.kill(child.pid, number))
     os.close(told)
     os.close(alive)
     with open(read, "rb") as lines:

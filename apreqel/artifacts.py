@@ -266,11 +266,15 @@ def _writing(path: Path) -> Iterator[None]:
 
 def output_error(path: Path | str, error: OSError) -> OutputError:
     """The failure of a write, with what to do about it."""
+    elsewhere = "choose another folder with --workdir or --output"
+    no_locks = f"this file system has no locks, as network drives may not; {elsewhere}"
     advice = {
         errno.EEXIST: "use --force to replace it, or choose another output",
-        errno.ENOSPC: "free some space, or choose another folder with --workdir or --output",
-        errno.EROFS: "choose another folder with --workdir or --output",
-        errno.EACCES: "choose another folder with --workdir or --output",
+        errno.ENOSPC: f"free some space, or {elsewhere}",
+        errno.EROFS: elsewhere,
+        errno.EACCES: elsewhere,
+        errno.ENOLCK: no_locks,
+        errno.EOPNOTSUPP: no_locks,
         errno.EFBIG: "the file system cannot hold a file of this size (FAT32: 4 GiB)",
     }.get(error.errno or 0, "check the disk")
     return OutputError(f"{path}: {error.strerror or error}; {advice}")
@@ -307,10 +311,7 @@ def lock(path: Path, *, remove: bool = False) -> Iterator[int]:
                 f"{path}: another apreqel is at work here; wait for it or use another folder"
             ) from error
         except OSError as error:
-            raise OutputError(
-                f"{path}: {error.strerror}; this file system has no locks, as network drives may "
-                "not; use --workdir and --output on another"
-            ) from error
+            raise output_error(path, error) from error
         try:
             yield file.fileno()
         finally:

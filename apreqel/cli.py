@@ -357,12 +357,9 @@ def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | 
     return expected, original
 
 
-_STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-
 def _stop(_number: int, _frame: object) -> NoReturn:
     """Any of them is as Ctrl-C. Once: a terminal and whoever watches may both send it."""
-    for number in _STOPPING:
+    for number in last_words.STOPPING:
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
@@ -377,9 +374,8 @@ def _with_home(argument: str) -> str:
 def main() -> NoReturn:
     """Run the command; one line on stderr and the class's exit code for an expected failure."""
     last_words.begin()
-    for number in _STOPPING:
-        if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup lets it be
-            signal.signal(number, _stop)
+    for number in last_words.heeded():
+        signal.signal(number, _stop)
     try:
         sys.exit(app(list(map(_with_home, sys.argv[1:])), standalone_mode=False) or 0)
     except ApreqelError as error:

@@ -16,7 +16,15 @@ from contextlib import suppress
 # In the child's environment: where to tell, and a pipe that ends when the watching process does.
 VARIABLE = "APREQEL_WATCHED"
 
+# What stops a command, all of them as Ctrl-C does.
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
+
 _told: int | None = None
+
+
+def heeded() -> list[signal.Signals]:
+    """Of these those that are not ignored, as nohup lets SIGHUP be."""
+    return [n for n in STOPPING if signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def begin() -> None:

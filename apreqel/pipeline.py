@@ -12,7 +12,7 @@ from apreqel.artifacts import Provenance
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.profiling import profile_of
 from apreqel.device.store import load_named
-from apreqel.device.threads import threads_for, with_threads
+from apreqel.device.threads import with_threads
 from apreqel.errors import (
     ApreqelError,
     ArtifactError,
@@ -69,9 +69,6 @@ def open_workspace(
         name, folder, allow_requantize=allow_requantize, progress=progress
     ) as space:
         require_next_tokens(space.inventory)
-        if n_threads is None:
-            n, why = threads_for(space.inventory)
-            progress(f"{n} thread{'s' if n > 1 else ''}, {why}", 0, 1)
         yield with_threads(space, n_threads)
 
 

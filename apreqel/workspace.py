@@ -28,7 +28,7 @@ IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE = "imatrix.gguf", "plan.json", "verif
 _HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)
 
 # Folders that hold files of a step, and go with it.
-_SCRATCH = re.compile(r"(scratch|text|measured|compare)-[a-z0-9_]{8,}")
+_SCRATCH = re.compile(r"(scratch|text|measured|compare|profile|threads)-[a-z0-9_]{8,}")
 
 
 @dataclass(frozen=True)

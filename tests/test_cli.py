@@ -305,7 +305,7 @@ def test_nohup_is_respected(llama_model: Path, tmp_path: Path) -> None:
 def test_llama_cpp_dies_with_a_reason(
     death: str, number: int, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("apreqel.__main__._PASSED_ON", ())
+    monkeypatch.setattr("apreqel.last_words.STOPPING", ())
     code = (
         "import signal\nfrom apreqel import last_words\nfrom apreqel.llama import library\n"
         "def ggml(): library._PROTOTYPES['ggml_abort'] = None, None; return library.ggml()\n"

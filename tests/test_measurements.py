@@ -218,7 +218,13 @@ def test_a_probe_is_what_the_quantised_file_gives(llama_model: Path, tmp_path: P
 
 
 def test_what_killed_runs_left_is_swept_under_the_lock(llama_model: Path, tmp_path: Path) -> None:
-    for name in ("scratch-a1b2c3d_", "text-00000000", "measured-abcdefgh", "my-notes"):
+    for name in (
+        "scratch-a1b2c3d_",
+        "text-00000000",
+        "measured-abcdefgh",
+        "profile-12345678",
+        "my-notes",
+    ):
         (tmp_path / name).mkdir()
         (tmp_path / name / "model.gguf").write_bytes(b"left")
     (tmp_path / "scratch-elsewhere").symlink_to(tmp_path / "my-notes")

@@ -425,7 +425,7 @@ def test_a_file_system_without_locks_is_told(
 
     monkeypatch.setattr(fcntl, "flock", none)
     with (
-        pytest.raises(OutputError, match="No locks available"),
+        pytest.raises(OutputError, match="No locks available; this file system has no locks"),
         lock(tmp_path / ".lock"),
     ):
         pass

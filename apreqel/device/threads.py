@@ -54,8 +54,11 @@ def tuned_threads(inventory: Inventory) -> int | None:
 
 def with_threads(space: Workspace, n_threads: int | None) -> Workspace:
     """The same with so many threads; None: as many as this device was, or may be, tuned to."""
-    n = n_threads or threads_for(space.inventory)[0]
-    return replace(space, n_threads=n, tune_threads=n_threads is None)
+    if n_threads is not None:
+        return replace(space, n_threads=n_threads, tune_threads=False)
+    n, why = threads_for(space.inventory)
+    space.progress(f"{n} thread{'s' if n > 1 else ''}, {why}", 0, 1)
+    return replace(space, n_threads=n, tune_threads=True)
 
 
 def tune_threads(space: Workspace) -> ThreadTuning:

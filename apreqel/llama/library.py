@@ -7,6 +7,7 @@ Nothing is loaded before it is needed. The log is shown only as the reason of a 
 from __future__ import annotations
 
 import ctypes
+import re
 import signal
 import threading
 from collections import deque
@@ -145,7 +146,7 @@ def library() -> Any:
             _log_lines.append(readable(text))
 
     def last(text: bytes | None) -> None:
-        last_words.note(reason=printable(readable(text).rpartition("/")[2], 200))
+        last_words.note(reason=printable(re.sub(r"^\S*/", "", readable(text)), 200))
 
     _callbacks[:] = llama_cpp.llama_log_callback(keep), _abort_callback(last)
     llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
@@ -240,8 +241,7 @@ def c_call() -> Iterator[list[int]]:
         return
     before = {
         number: signal.signal(number, lambda number, _frame: noted.append(number))
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) is not signal.SIG_IGN  # as nohup lets it be
+        for number in last_words.heeded()
     }
     try:
         yield noted
