@@ -43,7 +43,7 @@ WISHES: dict[str, Any] = {
     "effort": Option(help="Of probing, where it is not done: quick, normal, thorough."),
     "minutes": Option(min=0.1, help="Stop probing after this, whatever is left."),
     "metric": Option(help="How damage to the model's predictions is measured: kld or perplexity."),
-    "gptq": Option("--gptq", help="Compensate weights for rounding (GPTQ): closer, takes longer."),
+    "plain": Option("--plain", help="Write weights as ggml rounds them: quicker, less close."),
     "unchecked": Option(
         "--unchecked", help="Do not measure the plan and its rivals as real files."
     ),
@@ -98,6 +98,9 @@ Threads = Annotated[
 ]
 Requantize = Annotated[
     bool, Option("--allow-requantize", help="Accept a model that is quantised already.")
+]
+Equalise = Annotated[
+    bool, Option("--equalise", help="Rescale channels first; the model's function stays the same.")
 ]
 Force = Annotated[bool, Option("--force", help="Replace an output that exists.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="The GGUF to write.")]

@@ -31,18 +31,23 @@ if TYPE_CHECKING:
 SCHEMA_VERSIONS = {
     "device-profile": 3,
     "sensitivity": 3,
-    "plan": 4,
+    "plan": 5,
     "verification": 2,
     "model-hash": 1,
     "cache-sensitivity": 1,
-    "measured-files": 1,
+    "measured-files": 2,
     "swaps": 1,
-    "gptq-ratios": 1,
+    "rounding-ratios": 1,
+    "equalised": 1,
     "experts": 2,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22
 _LONGEST_NAME = 255  # bytes, in nearly all file systems
+
+
+class OldLayoutError(ArtifactError):
+    """A file that an older apreqel wrote, in a layout that is no longer read."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Record:
             raise ArtifactError(f"{path}: field kind is {found!r}, expected 'apreqel {kind}'")
         version = document.get("schema_version")
         if version != SCHEMA_VERSIONS[kind]:
-            raise ArtifactError(
+            is_old = type(version) is int and version < SCHEMA_VERSIONS[kind]
+            raise (OldLayoutError if is_old else ArtifactError)(
                 f"{path}: schema_version {version!r}; this apreqel reads {SCHEMA_VERSIONS[kind]}; "
                 "measure again or use the apreqel that wrote it"
             )
@@ -131,11 +137,15 @@ class Record:
     def load_same(cls, path: Path, provenance: Provenance) -> Self | None:
         """What is kept at `path`, if it was measured in this way; None where there is none.
 
-        Whichever version of apreqel wrote it. Raises ArtifactError.
+        Whichever version of apreqel wrote it; one in an older layout is measured again. Raises
+        ArtifactError.
         """
         if not path.exists():
             return None
-        found = cls.load(path, provenance.model_sha256)
+        try:
+            found = cls.load(path, provenance.model_sha256)
+        except OldLayoutError:
+            return None
         same = replace(found.provenance, apreqel_version=provenance.apreqel_version) == provenance
         return found if same else None
 

@@ -102,6 +102,7 @@ def probe(
     effort: arg.Effort = "normal",
     minutes: arg.Minutes = None,
     allow_requantize: arg.Requantize = False,
+    equalise: arg.Equalise = False,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -112,9 +113,11 @@ def probe(
     from apreqel.model.imatrix import is_legacy
     from apreqel.sensitivity.effort import effort_from
 
+    if imatrix is not None and equalise:
+        raise UsageError("--imatrix: is of the model as it was; leave it out with --equalise")
     if imatrix is not None and is_legacy(imatrix):
         remark(f"{imatrix}: a legacy imatrix; llama.cpp now writes GGUF")
-    with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
+    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
         probed = pipeline.probe(
             space, effort=effort_from(effort, minutes), texts=_texts(text), imatrix_file=imatrix
         )
@@ -131,6 +134,7 @@ def plan(
     workdir: arg.Workdir = None,
     threads: arg.Threads = None,
     allow_requantize: arg.Requantize = False,
+    equalise: arg.Equalise = False,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -150,7 +154,7 @@ def plan(
     if output is not None:
         Plan.check_output(output)
     metric, refine = wishes.metric, wishes.refine
-    with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
+    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
         request = request_of(wishes, space.inventory)
         profile = profile_for(space, wishes.device, needed=request.uses_profile)
         probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
@@ -252,6 +256,7 @@ def compare(
     workdir: arg.Workdir = None,
     threads: arg.Threads = None,
     allow_requantize: arg.Requantize = False,
+    equalise: arg.Equalise = False,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -260,7 +265,7 @@ def compare(
     from apreqel.evaluate.strategies import compare_strategies
     from apreqel.plan.request import size_from
 
-    with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
+    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
         report = compare_strategies(
             space,
             size_from("Q4_K_M" if max_size is None else max_size, space.inventory),
@@ -271,7 +276,7 @@ def compare(
 
 
 @app.command()
-@arg.asking(*arg.LIMITS, "device", "gptq", "effort", "minutes")
+@arg.asking(*arg.LIMITS, "device", "plain", "effort", "minutes")
 def auto(
     model: arg.Model,
     wishes: Wishes,
@@ -284,6 +289,7 @@ def auto(
     threads: arg.Threads = None,
     force: arg.Force = False,
     allow_requantize: arg.Requantize = False,
+    equalise: arg.Equalise = False,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -294,7 +300,7 @@ def auto(
     from apreqel.sensitivity.effort import effort_from
 
     presets = ["Q4_K_M"] if against is None else against
-    with _workspace(model, workdir, threads, allow_requantize, quiet) as space:
+    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
         trial = pipeline.Trial(_verify_text(verify_text), presets, _settings(space, tokens))
         result = pipeline.auto(
             space,
@@ -313,7 +319,12 @@ def auto(
 
 
 def _workspace(
-    model: str, workdir: Path | None, threads: int | None, allow_requantize: bool, quiet: bool
+    model: str,
+    workdir: Path | None,
+    threads: int | None,
+    allow_requantize: bool,
+    quiet: bool,
+    equalised: bool = False,
 ) -> AbstractContextManager[Workspace]:
     from apreqel import pipeline
 
@@ -322,6 +333,7 @@ def _workspace(
         folder=workdir,
         n_threads=threads,
         allow_requantize=allow_requantize,
+        equalised=equalised,
         progress=Reporter(quiet),
     )
 

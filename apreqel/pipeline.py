@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from apreqel import artifacts, quantize, workspace
@@ -39,11 +40,12 @@ from apreqel.progress import Progress
 from apreqel.sensitivity.bench import require_next_tokens
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.effort import Effort
+from apreqel.sensitivity.equalise import equalised_model
 from apreqel.sensitivity.experts import expert_use
-from apreqel.sensitivity.gptq import Gptq
 from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity, cache_sensitivity
 from apreqel.sensitivity.measure import ProbeSettings, measure
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
+from apreqel.sensitivity.rounding import Rounding
 from apreqel.sensitivity.texts import Text, bundled_texts
 from apreqel.workspace import PLAN_FILE, VERIFICATION_FILE, Workspace
 
@@ -58,18 +60,26 @@ def open_workspace(
     folder: Path | None,
     n_threads: int | None = None,
     allow_requantize: bool,
+    equalised: bool = False,
     progress: Progress,
 ) -> Iterator[Workspace]:
     """`workspace.opened`, of a model that predicts next tokens, as all that is measured here needs.
 
-    Without `n_threads` as many as a profile of this device was tuned to. Raises what
-    `require_next_tokens` raises.
+    Without `n_threads` as many as a profile of this device was tuned to. `equalised`: of the same
+    model with its channels rescaled, in a folder within. Raises what `require_next_tokens` and
+    `equalised_model` raise.
     """
-    with workspace.opened(
-        name, folder, allow_requantize=allow_requantize, progress=progress
-    ) as space:
+    opened = partial(workspace.opened, allow_requantize=allow_requantize, progress=progress)
+    with opened(name, folder) as space:
         require_next_tokens(space.inventory)
-        yield with_threads(space, n_threads)
+        space = with_threads(space, n_threads)
+        if not equalised:
+            yield space
+            return
+        path = equalised_model(space, bundled_texts())
+        with opened(str(path), path.parent) as inner:
+            inner = replace(inner, n_threads=space.n_threads, tune_threads=space.tune_threads)
+            yield replace(inner, original=space.inventory)
 
 
 # --- probing -------------------------------------------------------------------------------------
@@ -112,7 +122,7 @@ def planner_of(
     damage = replace(
         damage_model(probed.sensitivity),
         files=measured_files(probed).own,
-        gptq_ratios=Gptq(probed).ratios().ratios if request.gptq else {},
+        rounding_ratios={} if request.plain else Rounding(probed).ratios().ratios,
         metric=metric,
     )
     n = request.experts_used
@@ -144,8 +154,8 @@ def plan(
 def _file_bench(
     probed: ProbedModel, request: PlanRequest, check: bool
 ) -> AbstractContextManager[FileBench | None]:
-    gptq = Gptq(probed) if check and request.gptq else None
-    return FileBench(probed, gptq) if check else nullcontext()
+    rounding = None if request.plain else Rounding(probed)
+    return FileBench(probed, rounding) if check else nullcontext()
 
 
 def _plan(
@@ -278,24 +288,26 @@ def run_plan(
             f"{path}: made for the model with SHA-256 {expected[:12]}, {inventory.files[0]} now "
             f"has {digest[:12]}; plan again"
         )
-    space = Workspace(inventory, digest, folder, n_threads, progress=progress)
+    original = read_inventory(Path(made.original_files[0])) if made.original_files else None
+    space = Workspace(inventory, digest, folder, original, n_threads=n_threads, progress=progress)
     probed = require_probed_model(space)
     if probed.sensitivity.imatrix_sha256 != made.imatrix_sha256:
         raise ArtifactError(f"{folder}: does not hold the imatrix of {path.name}; plan again")
     target = output or default_output(space, made.prefer)
+    quantize.check_output(space.given, target, force)
     quantize.check_job(inventory, made.types, target, probed.imatrix, force, allow_requantize)
-    with Gptq(probed).compensated(made.types) if made.gptq else nullcontext(inventory) as source:
-        result = quantize.quantize_model(
-            source,
-            made.types,
-            target,
-            imatrix=probed.imatrix,
-            extra_metadata=made.extra_metadata(),
-            n_threads=n_threads,
-            force=force,
-            allow_requantize=True,  # as was checked above
-            progress=progress,
-        )
+    result = quantize.quantize_model(
+        inventory,
+        made.types,
+        target,
+        imatrix=probed.imatrix,
+        extra_metadata=made.extra_metadata(),
+        n_threads=n_threads,
+        force=force,
+        allow_requantize=allow_requantize,
+        moments=Rounding(probed).moments(made.types) if made.is_rounded else None,
+        progress=progress,
+    )
     if result.size_bytes != made.size_bytes:
         raise ApreqelError(
             f"{result.path}: has {result.size_bytes} bytes, the plan said {made.size_bytes}"
@@ -305,7 +317,9 @@ def run_plan(
 
 def default_output(space: Workspace, prefer: str) -> Path:
     """Beside the work folder: MODEL-apreqel-accuracy.gguf."""
-    return space.folder.absolute().parent / f"{space.model.stem}-apreqel-{prefer}.gguf"
+    folder = space.folder.absolute()
+    place = folder.parent.parent if space.original else folder.parent
+    return place / f"{space.given.files[0].stem}-apreqel-{prefer}.gguf"
 
 
 # --- measuring files -----------------------------------------------------------------------------
@@ -375,7 +389,7 @@ def auto(
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
     require_presets(trial.against)
     output = output or default_output(space, request.prefer)
-    quantize.check_output(space.inventory, output, force or _ours(output) is not None)
+    quantize.check_output(space.given, output, force or _ours(output) is not None)
     profile = load_named(device) if device else profile_of(space)
     probed = probe(space, effort=effort, texts=texts)
     made, plan_path = plan(probed, request, profile)

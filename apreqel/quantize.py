@@ -16,12 +16,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from apreqel import artifacts
+from apreqel.arrays import Floats
 from apreqel.errors import (
     ApreqelError,
     CalibrationError,
@@ -34,8 +36,9 @@ from apreqel.errors import (
     printable,
 )
 from apreqel.llama.library import ggml_base_path
+from apreqel.llama.quants import read_values
 from apreqel.model.inventory import Inventory, read_inventory, require_float_source
-from apreqel.model.qtypes import lookup
+from apreqel.model.qtypes import QuantType, lookup
 from apreqel.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -53,6 +56,12 @@ _FAILURES: Mapping[int, tuple[type[ApreqelError], str]] = {
     _INTERRUPTED: (Interrupted, "; the output is as it was"),
 }
 _COMPARE_BLOCK_BYTES = 1 << 22
+_ALIGNMENT = 32
+# The types that the C program can round with second moments (layouts in tools/blocks.c).
+ROUNDED_TYPES = (
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL",
+    "IQ4_XS",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -75,9 +84,13 @@ def quantize_model(
     n_threads: int = 1,
     force: bool = False,
     allow_requantize: bool = False,
+    moments: Mapping[str, Path] | None = None,
     progress: Progress = silent,
 ) -> QuantizedModel:
     """Write `output` with each tensor in its type from `types` (every tensor, exact names).
+
+    Tensors in `moments` are rounded with the second moments of their activations (float32, row
+    length x row length) from that file, in one of ROUNDED_TYPES; all others as ggml rounds them.
 
     Raises UsageError (the map), CalibrationError (a type lacks its imatrix), UnsupportedModelError
     (quantised source), OutputError, LockedError, ModelFileError (NaN, or the source cannot be
@@ -85,7 +98,7 @@ def quantize_model(
     `output` is as it was. The progress is in bytes.
     """
     check_job(inventory, types, output, imatrix, force, allow_requantize)
-    job = _Job(inventory, types, imatrix, extra_metadata, n_threads)
+    job = _job_of(inventory, types, imatrix, extra_metadata, n_threads, moments)
     size, started = inventory.output_size(types, extra_metadata), time.monotonic()
     with (
         artifacts.lock(artifacts.beside(output, ".lock"), remove=True) as held,
@@ -103,6 +116,40 @@ def quantize_model(
         except KeyboardInterrupt:
             raise Interrupted(f"stopped; {output} is as it was") from None
     return QuantizedModel(output, size, time.monotonic() - started, int(report["peak_rss_bytes"]))
+
+
+def rounded_rows(
+    weights: Floats,
+    qtypes: Sequence[QuantType],
+    importance: Floats | None,
+    moments: Path,
+    folder: Path,
+    n_threads: int,
+) -> dict[str, Floats]:
+    """`weights` [rows, row length] as they read back from each type, rounded with `moments`.
+
+    Scratch files go into `folder`. Raises EngineError, OutputError, Interrupted.
+    """
+    n_rows, length = weights.shape
+    sizes = [q.size_bytes((length, n_rows)) for q in qtypes]
+    ends = list(accumulate(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes))
+    with tempfile.TemporaryDirectory(prefix="rounded-", dir=folder) as name:
+        place = Path(name)
+        weights.astype(np.float32).tofile(place / "rows")
+        parts = [
+            _Part(q.name, 0, 0, lookup("F32"), q, to, n_rows, 1, length, importance, moments)
+            for q, to in zip(qtypes, [0, *ends], strict=False)
+        ]
+        job = _Job(
+            [(place / "rows", weights.size * 4)], b"", ends[-1], _ALIGNMENT, parts, n_threads
+        )
+        _run(job.write(place, place / "packed"), None, silent)
+        packed = np.fromfile(place / "packed", np.uint8)
+    found = {}
+    for q, start, size in zip(qtypes, [0, *ends], sizes, strict=False):
+        found[q.name] = np.empty((n_rows, length), np.float32)
+        read_values(packed[start : start + size], q, found[q.name])
+    return found
 
 
 # --- before --------------------------------------------------------------------------------------
@@ -185,43 +232,61 @@ def program_path() -> Path:
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What the C program is to do."""
+class _Part:
+    """A tensor of a job: where it is read, what it becomes, and what it is rounded with."""
 
-    inventory: Inventory
-    types: Mapping[str, str]
-    imatrix: Imatrix | None
-    extra_metadata: Sequence[bytes]
+    name: str
+    source: int
+    offset: int
+    qtype: QuantType
+    target: QuantType
+    to: int
+    n_rows: int
+    n_matrices: int
+    row_length: int
+    importance: Floats | None = None
+    moments: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What the C program is to do: files (path, bytes) in, one file of `size` bytes out."""
+
+    sources: Sequence[tuple[Path, int]]
+    header: bytes
+    size: int
+    alignment: int
+    parts: Sequence[_Part]
     n_threads: int
 
-    def write(self, folder: Path, part: Path) -> Path:
+    def write(self, folder: Path, output: Path) -> Path:
         """The job table and what it points to, in `folder`; layout in the C program's header."""
-        header, offsets = self.inventory.output_header(self.types, self.extra_metadata)
         lines, n_floats = [], 0
+        moments = list(dict.fromkeys(p.moments for p in self.parts if p.moments))
+        lengths = {p.moments: p.row_length for p in self.parts}
         with open(folder / "imatrix", "wb") as importance:
-            for tensor, offset in zip(self.inventory.tensors, offsets, strict=True):
-                weights = self.imatrix.weights(tensor.name) if self.imatrix else None
-                target = lookup(self.types[tensor.name])
+            for p in self.parts:
                 place = -1
-                if weights is not None and target != tensor.qtype:
-                    place, n_floats = n_floats, n_floats + weights.size
-                    importance.write(np.ascontiguousarray(weights, np.float32).tobytes())
+                if p.importance is not None and p.target != p.qtype:
+                    place, n_floats = n_floats, n_floats + p.importance.size
+                    importance.write(np.ascontiguousarray(p.importance, np.float32).tobytes())
                 lines.append(
-                    f"tensor {tensor.shard} {tensor.offset} {tensor.qtype.ggml_id} {offset} "
-                    f"{target.ggml_id} {tensor.n_rows} {tensor.n_rows // tensor.n_experts} "
-                    f"{tensor.row_length} {place} {printable(tensor.name)}"
+                    f"tensor {p.source} {p.offset} {p.qtype.ggml_id} {p.to} {p.target.ggml_id} "
+                    f"{p.n_rows} {p.n_rows // p.n_matrices} {p.row_length} {place} "
+                    f"{moments.index(p.moments) if p.moments else -1} {printable(p.name)}"
                 )
-        (folder / "header").write_bytes(header)
+        (folder / "header").write_bytes(self.header)
         fields = [
-            "apreqel-quantize 2",
+            "apreqel-quantize 3",
             f"threads {max(1, min(self.n_threads, 256))}",
-            f"alignment {self.inventory.alignment}",
-            f"size {self.inventory.output_size(self.types, self.extra_metadata)}",
+            f"alignment {self.alignment}",
+            f"size {self.size}",
             f"ggml {ggml_base_path()}",
             f"header {folder / 'header'}",
             f"imatrix {folder / 'imatrix' if n_floats else '-'}",
-            f"temp {part.absolute()}",
-            *(f"source {h.file_size} {h.path.absolute()}" for h in self.inventory.headers),
+            f"temp {output.absolute()}",
+            *(f"source {size} {path.absolute()}" for path, size in self.sources),
+            *(f"moments {lengths[path]} {path.absolute()}" for path in moments),
             *lines,
             "end\n",
         ]
@@ -229,13 +294,43 @@ class _Job:
         return folder / "job"
 
 
+def _job_of(
+    inventory: Inventory,
+    types: Mapping[str, str],
+    imatrix: Imatrix | None,
+    extra_metadata: Sequence[bytes] = (),
+    n_threads: int = 1,
+    moments: Mapping[str, Path] | None = None,
+) -> _Job:
+    header, offsets = inventory.output_header(types, extra_metadata)
+    parts = [
+        _Part(
+            tensor.name,
+            tensor.shard,
+            tensor.offset,
+            tensor.qtype,
+            lookup(types[tensor.name]),
+            offset,
+            tensor.n_rows,
+            tensor.n_experts,
+            tensor.row_length,
+            imatrix.weights(tensor.name) if imatrix else None,
+            (moments or {}).get(tensor.name),
+        )
+        for tensor, offset in zip(inventory.tensors, offsets, strict=True)
+    ]
+    size = inventory.output_size(types, extra_metadata)
+    sources = [(h.path, h.file_size) for h in inventory.headers]
+    return _Job(sources, header, size, inventory.alignment, parts, n_threads)
+
+
 # --- during --------------------------------------------------------------------------------------
 
 
-def _run(job: Path, held: int, progress: Progress) -> dict[str, Any]:
+def _run(job: Path, held: int | None, progress: Progress) -> dict[str, Any]:
     """Run the C program to its end; its last report. Raises what its failure means.
 
-    It inherits the lock `held`, for it may outlive this process by a moment.
+    It inherits a lock `held`, for it may outlive this process by a moment.
     """
     report: dict[str, Any] = {}
     tensor = ""
@@ -246,7 +341,7 @@ def _run(job: Path, held: int, progress: Progress) -> dict[str, Any]:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        pass_fds=[held],
+        pass_fds=[] if held is None else [held],
         start_new_session=True,
     ) as child:
         assert child.stdout is not None and child.stderr is not None

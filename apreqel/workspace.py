@@ -28,16 +28,20 @@ IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE = "imatrix.gguf", "plan.json", "verif
 _HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)
 
 # Folders that hold files of a step, and go with it.
-_SCRATCH = re.compile(r"(scratch|text|measured|compare|profile|threads)-[a-z0-9_]{8,}")
+_SCRATCH = re.compile(r"(scratch|text|measured|compare|profile|threads|rounded)-[a-z0-9_]{8,}")
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """`sha256` is the model's; everything measured on it is kept in `folder`."""
+    """`sha256` is the model's; everything measured on it is kept in `folder`.
+
+    The model may be `original` with its channels rescaled, a file of apreqel's own in `folder`.
+    """
 
     inventory: Inventory
     sha256: str
     folder: Path
+    original: Inventory | None = None
     n_threads: int = 1
     tune_threads: bool = False  # whether a device profile may find a better number of them
     allow_requantize: bool = False
@@ -46,6 +50,11 @@ class Workspace:
     @property
     def model(self) -> Path:
         return self.inventory.files[0]
+
+    @property
+    def given(self) -> Inventory:
+        """The model as the user has it."""
+        return self.original or self.inventory
 
 
 @contextmanager

@@ -158,23 +158,23 @@ def test_totals_follow_real_files_and_come_back() -> None:
     assert totals == sorted(totals)
 
 
-def test_gptq_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_lose() -> None:
+def test_rounding_anew_takes_its_part_off_what_weights_lose_but_not_off_what_kernels_lose() -> None:
     probes = {n: {"Q8_0": steady(0.003), "Q4_0": steady(0.5)} for n in "ab"}
     tensors = tensors_of(probes, TensorErrors({"Q8_0": 3e-5, "Q4_0": 5e-3}, {"Q8_0": 1e-5}))
     ratios = {
         "a": {"Q8_0": 0.25, "Q4_0": 0.0625}
     }  # of the output error: half and a quarter of nats
-    plain, with_it = DamageModel(tensors), DamageModel(tensors, gptq_ratios=ratios)
+    plain, with_it = DamageModel(tensors), DamageModel(tensors, rounding_ratios=ratios)
     # Q8_0's kernel adds a third to what its weights lose, 0.003; to Q4_0's 0.5 it adds 0.001.
     assert with_it.damage("a", "Q8_0").nats == pytest.approx(0.0015 + 0.001, rel=0.02)
     assert with_it.damage("a", "Q4_0").nats == pytest.approx(0.125 + 0.001, rel=0.02)
-    assert with_it.damage("b", "Q4_0") == plain.damage("b", "Q4_0")  # nothing is moved there
+    assert with_it.damage("b", "Q4_0") == plain.damage("b", "Q4_0")  # nothing is rounded there
     types = dict.fromkeys("ab", "Q4_0")
-    assert with_it.damage_sum(types, gptq=False) == plain.damage_sum(types)
-    assert with_it.predicted(types, gptq=False).nats == plain.predicted(types).nats
+    assert with_it.damage_sum(types, plain=True) == plain.damage_sum(types)
+    assert with_it.predicted(types, plain=True).nats == plain.predicted(types).nats
 
 
-def test_real_files_with_gptq_tell_totals_of_files_with_gptq() -> None:
+def test_real_files_that_are_rounded_anew_tell_totals_of_such_files() -> None:
     probes = {f"t{i}": {"Q4_0": steady(0.01), "Q8_0": steady(1e-4)} for i in range(4)}
     types = dict.fromkeys(probes, "Q4_0")
     ratios = {name: dict.fromkeys(TYPES, 0.25) for name in probes}
@@ -182,9 +182,9 @@ def test_real_files_with_gptq_tell_totals_of_files_with_gptq() -> None:
         MeasuredFile(types, Estimate(0.03, 1e-3, 8)),
         MeasuredFile(types, Estimate(0.015, 1e-3, 8), True),
     ]
-    model = model_of(probes, files=files, gptq_ratios=ratios)
+    model = model_of(probes, files=files, rounding_ratios=ratios)
     assert model.predicted(types).nats == pytest.approx(0.015, rel=1e-2)
-    assert model.predicted(types, gptq=False).nats == pytest.approx(0.03, rel=1e-2)
+    assert model.predicted(types, plain=True).nats == pytest.approx(0.03, rel=1e-2)
     assert model_of(probes, files=files).predicted(types).nats == pytest.approx(0.03, rel=1e-2)
 
 

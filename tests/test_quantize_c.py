@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import made_up_imatrix, tensor_bytes, uniform
 
@@ -19,7 +20,7 @@ from apreqel.errors import ApreqelError, EngineError, ModelFileError, OutputErro
 from apreqel.model.imatrix import Imatrix
 from apreqel.model.inventory import read_inventory
 
-SOURCE = Path(__file__).parent.parent / "tools" / "apreqel-quantize.c"
+SOURCES = sorted((Path(__file__).parent.parent / "tools").glob("*.c"))
 COMPILER = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -31,7 +32,7 @@ def sanitized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [str(COMPILER), "-std=c11", "-g", "-O1", "-Wall", "-Wextra", "-Werror"]
     command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     done = subprocess.run(
-        [*command, "-o", program, SOURCE, "-lpthread", "-ldl"], capture_output=True, text=True
+        [*command, "-o", program, *SOURCES, "-lpthread", "-ldl"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return program
@@ -44,12 +45,23 @@ def run(program: Path, job: Path) -> subprocess.CompletedProcess[str]:
 
 
 def job_table(model: Path, folder: Path, kind: str, imatrix: Imatrix | None = None) -> Path:
-    inventory = read_inventory(model)
-    job = quantize._Job(inventory, uniform(inventory, kind), imatrix, (), 3)
+    inventory, types = read_inventory(model), uniform(read_inventory(model), kind)
+    job = quantize._job_of(inventory, types, imatrix, (), 3, second_moments(model, kind, folder))
     return job.write(folder, folder / "o.gguf")
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "IQ3_S", "Q5_1"])
+def second_moments(model: Path, kind: str, folder: Path) -> dict[str, Path]:
+    """Of all tensors that can be rounded by them in `kind`, made up."""
+    found, types = {}, uniform(read_inventory(model), kind)
+    for tensor in read_inventory(model).quantizable:
+        if types[tensor.name] in quantize.ROUNDED_TYPES:
+            path = found[tensor.name] = folder / f"moments-{tensor.row_length}"
+            x = np.random.default_rng(0).normal(size=(256, tensor.row_length))
+            (x.T @ x + np.eye(tensor.row_length)).astype(np.float32).tofile(path)
+    return found
+
+
+@pytest.mark.parametrize("kind", [*quantize.ROUNDED_TYPES, "IQ3_S"])
 def test_a_whole_job_under_sanitizers(
     kind: str, sanitized: Path, moe_model: Path, tmp_path: Path
 ) -> None:
@@ -58,7 +70,11 @@ def test_a_whole_job_under_sanitizers(
     done = run(sanitized, job_table(moe_model, tmp_path, kind, imatrix))
     assert (done.returncode, done.stderr) == (0, "")
     expected = tmp_path / "expected.gguf"
-    quantize.quantize_model(inventory, uniform(inventory, kind), expected, imatrix=imatrix)
+    moments = second_moments(moe_model, kind, tmp_path)
+    assert moments or kind == "IQ3_S"
+    quantize.quantize_model(
+        inventory, uniform(inventory, kind), expected, imatrix=imatrix, moments=moments
+    )
     assert tensor_bytes(tmp_path / "o.gguf") == tensor_bytes(expected)
 
 

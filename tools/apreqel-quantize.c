@@ -1,5 +1,6 @@
 /*
- * apreqel-quantize: write a quantised GGUF from a job table, with ggml's own quantisers.
+ * apreqel-quantize: write a quantised GGUF from a job table, with ggml's own quantisers, and where
+ * second moments of activations are given rounded anew from there (rounding.c).
  *
  *     apreqel-quantize JOB
  *
@@ -7,7 +8,7 @@
  * moves it to its place; every extent is checked here again, against the real sizes of the files.
  * It is text, one field a line, in this order:
  *
- *     apreqel-quantize 2           format and its version
+ *     apreqel-quantize 3           format and its version
  *     threads N                    worker threads, 1 to 256
  *     alignment A                  of tensor data, a power of two
  *     size BYTES                   of the finished file
@@ -17,11 +18,13 @@
  *     temp PATH                    the file to make; nothing may be there. It stays, whole and on
  *                                  disk, if all goes well, and is removed if not
  *     source BYTES PATH            a model file (a line for each shard)
- *     tensor FILE FROM TYPE TO TYPE ROWS MATRIX_ROWS ROW_LENGTH IMATRIX NAME
+ *     moments LENGTH PATH          second moments: float32, LENGTH x LENGTH; any number of lines
+ *     tensor FILE FROM TYPE TO TYPE ROWS MATRIX_ROWS ROW_LENGTH IMATRIX MOMENTS NAME
  *                                  source file (0 is the first), offset and ggml type id in it;
  *                                  offset and type id in the output; rows in all; rows of one
  *                                  matrix (expert); weights a row; where its importance weights
- *                                  start in the imatrix, in floats, or -1; name for messages
+ *                                  start in the imatrix, in floats, or -1; which second moments
+ *                                  it is rounded with (0 is the first), or -1; name for messages
  *     end
  *
  * Workers take blocks of rows: read, widen to float32, quantise, validate, write. A block never
@@ -36,6 +39,8 @@
 #define _GNU_SOURCE
 #define _FILE_OFFSET_BITS 64
 
+#include "rounding.h"
+
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -49,6 +54,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -72,6 +78,7 @@ enum failure {
 #define BLOCK_WEIGHTS (1 << 19)
 #define MAX_THREADS 256
 #define MAX_SOURCES 100000
+#define MAX_MOMENTS (1 << 20)
 #define MAX_LINE (64 << 10)
 /* Whatever is at its name is neither overwritten nor, a symlink, followed. */
 #define NEW_FILE (O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
@@ -102,6 +109,7 @@ struct ggml {
     size_t (*quantize_chunk)(int type, const float *, void *, int64_t start, int64_t rows,
                              int64_t row_length, const float *imatrix);
     bool (*validate_row_data)(int type, const void *, size_t bytes);
+    struct half_conversions half;
 };
 
 enum { TYPE_F32 = 0, TYPE_F16 = 1, TYPE_BF16 = 30, TYPE_ID_LIMIT = 256 };
@@ -115,9 +123,16 @@ struct source {
     int fd;
 };
 
+struct moments {
+    char *path;
+    int64_t length;      /* of rows and columns */
+    const float *values; /* mapped; NULL until then */
+};
+
 struct tensor {
     char *name;
     int source;             /* index into job.sources */
+    int moments;            /* index into job.moments, or -1 */
     int from_type, to_type; /* ggml type ids */
     int64_t from, to;       /* byte offsets in the source and in the output */
     int64_t rows;           /* of all its matrices */
@@ -134,6 +149,8 @@ struct job {
     char *ggml_path, *header_path, *imatrix_path, *temp_path;
     struct source *sources;
     int n_sources;
+    struct moments *moments;
+    int n_moments;
     struct tensor *tensors;
     int n_tensors, tensors_capacity;
     int64_t n_blocks;
@@ -283,7 +300,7 @@ static int parse_tensor(struct job *job, char *text, int64_t line) {
         job->tensors_capacity = capacity;
     }
     struct tensor *t = &job->tensors[job->n_tensors];
-    int64_t source, from_type, to_type;
+    int64_t source, from_type, to_type, moments;
     memset(t, 0, sizeof *t);
     bool good = take_number(&text, 0, job->n_sources - 1, &source) &&
                 take_number(&text, 0, INT64_MAX, &t->from) &&
@@ -293,11 +310,13 @@ static int parse_tensor(struct job *job, char *text, int64_t line) {
                 take_number(&text, 1, INT64_MAX, &t->rows) &&
                 take_number(&text, 1, INT64_MAX, &t->matrix_rows) &&
                 take_number(&text, 1, INT64_MAX / 8, &t->row_length) &&
-                take_number(&text, -1, INT64_MAX, &t->imatrix) && *text;
+                take_number(&text, -1, INT64_MAX, &t->imatrix) &&
+                take_number(&text, -1, job->n_moments - 1, &moments) && *text;
     if (!good || t->rows % t->matrix_rows) {
         return fail(job, FAIL_JOB, at_line(line), "not a tensor");
     }
     t->source = (int)source;
+    t->moments = (int)moments;
     t->from_type = (int)from_type;
     t->to_type = (int)to_type;
     t->name = strdup(text);
@@ -326,6 +345,24 @@ static int parse_source(struct job *job, char *text, int64_t line) {
     return 0;
 }
 
+static int parse_moments(struct job *job, char *text, int64_t line) {
+    int64_t length;
+    if (job->n_moments >= MAX_SOURCES || !take_number(&text, 1, MAX_MOMENTS, &length) || !*text) {
+        return fail(job, FAIL_JOB, at_line(line), "not second moments");
+    }
+    struct moments *grown = realloc(job->moments, (size_t)(job->n_moments + 1) * sizeof *grown);
+    char *path = strdup(text);
+    if (grown) {
+        job->moments = grown;
+    }
+    if (!grown || !path) {
+        free(path);
+        return fail_memory(job, "the job table");
+    }
+    job->moments[job->n_moments++] = (struct moments){path, length, NULL};
+    return 0;
+}
+
 static int parse_line(struct job *job, char *text, int64_t line, bool *ended) {
     static const char *const keys[] = {"threads", "alignment", "size", "ggml",
                                        "header",  "imatrix",   "temp"};
@@ -334,8 +371,8 @@ static int parse_line(struct job *job, char *text, int64_t line, bool *ended) {
     char **paths[] = {&job->ggml_path, &job->header_path, &job->imatrix_path, &job->temp_path};
     char *rest;
     if (line == 1) {
-        return strcmp(text, "apreqel-quantize 2")
-                   ? fail(job, FAIL_JOB, at_line(line), "not a job table of version 2")
+        return strcmp(text, "apreqel-quantize 3")
+                   ? fail(job, FAIL_JOB, at_line(line), "not a job table of version 3")
                    : 0;
     }
     if (line - 2 < 7) {
@@ -352,6 +389,9 @@ static int parse_line(struct job *job, char *text, int64_t line, bool *ended) {
     }
     if ((rest = field(text, "source")) && !job->n_tensors) {
         return parse_source(job, rest, line);
+    }
+    if ((rest = field(text, "moments")) && !job->n_tensors) {
+        return parse_moments(job, rest, line);
     }
     if ((rest = field(text, "tensor"))) {
         return parse_tensor(job, rest, line);
@@ -449,6 +489,8 @@ static int open_ggml(struct job *job) {
         {"ggml_type_size", &job->ggml.type_size},
         {"ggml_fp16_to_fp32_row", &job->ggml.fp16_to_fp32_row},
         {"ggml_bf16_to_fp32_row", &job->ggml.bf16_to_fp32_row},
+        {"ggml_fp16_to_fp32", &job->ggml.half.to_float},
+        {"ggml_fp32_to_fp16", &job->ggml.half.from_float},
         {"ggml_quantize_init", &job->ggml.quantize_init},
         {"ggml_quantize_requires_imatrix", &job->ggml.quantize_requires_imatrix},
         {"ggml_quantize_chunk", &job->ggml.quantize_chunk},
@@ -515,6 +557,11 @@ static int check_tensor(struct job *job, struct tensor *t, int64_t *written_to) 
         }
         job->ggml.quantize_init(t->to_type);
     }
+    if (t->moments >= 0 &&
+        (t->from_type == t->to_type || !rounding_knows(t->to_type) ||
+         job->moments[t->moments].length != t->row_length)) {
+        return fail(job, FAIL_JOB, in_tensor(t), "its second moments are not for it");
+    }
     int64_t rows = BLOCK_WEIGHTS / t->row_length;
     t->block_rows = rows < 1 ? 1 : rows < t->matrix_rows ? rows : t->matrix_rows;
     t->first_block = job->n_blocks;
@@ -548,6 +595,27 @@ static void *read_file(struct job *job, const char *path, int64_t *size) {
     return content;
 }
 
+static int map_moments(struct job *job, struct moments *m) {
+    struct stat info;
+    int fd = open(m->path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0 || fstat(fd, &info)) {
+        return fail_errno(job, FAIL_IO, "open", m->path);
+    }
+    size_t size = (size_t)m->length * (size_t)m->length * sizeof(float);
+    if (info.st_size < 0 || (size_t)info.st_size != size) {
+        close(fd);
+        return fail(job, FAIL_JOB, NOWHERE, "not %" PRId64 " second moments a row: %s", m->length,
+                    m->path);
+    }
+    void *values = mmap(NULL, size, PROT_READ, MAP_SHARED, fd, 0);
+    close(fd);
+    if (values == MAP_FAILED) {
+        return fail_errno(job, FAIL_IO, "map", m->path);
+    }
+    m->values = values;
+    return 0;
+}
+
 static int open_files(struct job *job) {
     struct stat info;
     for (int i = 0; i < job->n_sources; i++) {
@@ -558,6 +626,11 @@ static int open_files(struct job *job) {
         }
         if ((int64_t)info.st_size != source->size) {
             return fail(job, FAIL_SOURCE, NOWHERE, "changed while in use: %s", source->path);
+        }
+    }
+    for (int i = 0; i < job->n_moments; i++) {
+        if (map_moments(job, &job->moments[i])) {
+            return -1;
         }
     }
     if (strcmp(job->imatrix_path, "-")) {
@@ -612,6 +685,7 @@ static int finish_output(struct job *job) {
 struct buffers {
     char *from, *to; /* a block in the source's and in the target's type */
     float *values;   /* the block in float32 */
+    void *rounding;  /* what rounding.c works with */
 };
 
 static const struct tensor *tensor_of_block(const struct job *job, int64_t block) {
@@ -676,6 +750,10 @@ static int do_block(struct job *job, int64_t block, struct buffers *b) {
             return fail(job, FAIL_GGML, in_tensor(t), "ggml wrote %zu bytes, expected %zu", size,
                         to_size);
         }
+        if (t->moments >= 0) {
+            round_rows(t->to_type, (uint8_t *)b->to, t->to_row, values, rows, t->row_length,
+                       job->moments[t->moments].values, job->ggml.half, b->rounding);
+        }
         if (!job->ggml.validate_row_data(t->to_type, b->to, to_size)) {
             return fail_bad_row(job, t, t->to_type, b->to, t->to_row, first, rows,
                                 "the quantised weights hold NaN or Inf");
@@ -691,16 +769,18 @@ static int do_block(struct job *job, int64_t block, struct buffers *b) {
 
 static void *work(void *argument) {
     struct job *job = argument;
-    size_t from = 1, to = 1, values = 1;
+    size_t from = 1, to = 1, values = 1, rounding = 1;
     for (int i = 0; i < job->n_tensors; i++) {
         const struct tensor *t = &job->tensors[i];
         size_t rows = (size_t)t->block_rows;
         from = rows * t->from_row > from ? rows * t->from_row : from;
         to = rows * t->to_row > to ? rows * t->to_row : to;
         values = rows * (size_t)t->row_length > values ? rows * (size_t)t->row_length : values;
+        size_t scratch = t->moments < 0 ? 0 : rounding_scratch_bytes(t->row_length);
+        rounding = scratch > rounding ? scratch : rounding;
     }
-    struct buffers b = {malloc(from), malloc(to), malloc(values * sizeof(float))};
-    if (!b.from || !b.to || !b.values) {
+    struct buffers b = {malloc(from), malloc(to), malloc(values * sizeof(float)), malloc(rounding)};
+    if (!b.from || !b.to || !b.values || !b.rounding) {
         fail_memory(job, "a block of rows");
     }
     while (!atomic_load(&job->stop)) {
@@ -713,6 +793,7 @@ static void *work(void *argument) {
     free(b.from);
     free(b.to);
     free(b.values);
+    free(b.rounding);
     atomic_fetch_sub(&job->active, 1);
     return NULL;
 }
@@ -790,10 +871,18 @@ static void free_job(struct job *job) {
         }
         free(job->sources[i].path);
     }
+    for (int i = 0; i < job->n_moments; i++) {
+        struct moments *m = &job->moments[i];
+        if (m->values) {
+            munmap((void *)m->values, (size_t)m->length * (size_t)m->length * sizeof(float));
+        }
+        free(m->path);
+    }
     for (int i = 0; i < job->n_tensors; i++) {
         free(job->tensors[i].name);
     }
     free(job->sources);
+    free(job->moments);
     free(job->tensors);
     free(job->imatrix);
     free(job->ggml_path);

@@ -55,7 +55,7 @@ def show(found: Sensitivity, files: Sequence[MeasuredFile]) -> None:
     if correlations:
         write(f"rank correlation with KL divergence: {correlations}")
     for file in files:
-        if not file.gptq:  # what that gives is known to plans that ask for it
+        if not file.is_rounded:  # what that gives is known to plans
             write(
                 f"a plan as a real file: {file.kld.mean:.5f} nats; its tensors' damages sum to "
                 f"{model.damage_sum(file.types):.5f}"

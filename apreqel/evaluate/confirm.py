@@ -76,7 +76,7 @@ def confirmed_plan(planner: Planner, bench: FileBench) -> Plan:
         chosen = min(closer, key=lambda r: r.kld.mean)
         notes.append(
             f"{chosen.label} measured better than the planned map and was taken instead"
-            + (", without GPTQ" if request.gptq else "")
+            + ("" if request.plain else ", as ggml rounds it")
         )
     made = make_plan(planner, solved, None if chosen is attempt.file else chosen.types)
     results = []
@@ -197,10 +197,10 @@ def _most_nats(planner: Planner, bench: FileBench) -> float | None:
 def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
     """Maps of no more bytes: of least output error, the best stock one, the best uniform one.
 
-    Best by predicted damage, without GPTQ, as they are then written.
+    Best by predicted damage, of weights as ggml rounds them.
     """
     options = without_caches(solved.options)
-    as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, gptq=False).nats)
+    as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, plain=True).nats)
     options = replace(options, damages=as_they_are)
     data_bytes = total(options.sizes, solved.solution.choice[: len(options.names)])
     limits = [Limit("size", options.sizes, data_bytes)]

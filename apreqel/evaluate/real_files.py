@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,9 +21,9 @@ from apreqel.estimates import Estimate
 from apreqel.evaluate.text_run import OnText, on_text
 from apreqel.quantize import quantize_model
 from apreqel.sensitivity.damage import MeasuredFile
-from apreqel.sensitivity.gptq import VERSION, Gptq
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.metrics import estimate, ratio_interval
+from apreqel.sensitivity.rounding import VERSION, Rounding
 from apreqel.sensitivity.texts import check_set
 
 MEASURED_FILE = "measured-files.json"
@@ -41,7 +41,7 @@ class FileMeasurement:
     size_bytes: int
     kld_by_chunk: tuple[float, ...]
     kld_p999: float
-    gptq_version: int = 0  # that its weights were compensated with, if they were
+    rounding_version: int = 0  # 0 for weights as ggml rounds them
 
     @property
     def kld(self) -> Estimate:
@@ -59,7 +59,7 @@ class FileMeasurement:
 
 @dataclass(frozen=True)
 class MeasuredFiles(Record):
-    """By the digest of the type map and the version of GPTQ."""
+    """By the digest of the type map and the version of rounding."""
 
     KIND = "measured-files"
 
@@ -69,9 +69,9 @@ class MeasuredFiles(Record):
     def own(self) -> list[MeasuredFile]:
         """Of apreqel's own plans, for the damage model."""
         return [
-            MeasuredFile(f.types, f.kld, bool(f.gptq_version), key)
+            MeasuredFile(f.types, f.kld, bool(f.rounding_version), key)
             for key, f in self.files.items()
-            if f.label in _OWN and f.gptq_version in (0, VERSION)
+            if f.label in _OWN and f.rounding_version in (0, VERSION)
         ]
 
 
@@ -87,13 +87,13 @@ class FileBench(AbstractContextManager["FileBench"]):
     `known` is everything measured so far, a new record after each.
     """
 
-    def __init__(self, probed: ProbedModel, gptq: Gptq | None = None) -> None:
-        """With `gptq`, apreqel's own maps are written with it, rivals as they are.
+    def __init__(self, probed: ProbedModel, rounding: Rounding | None = None) -> None:
+        """With `rounding`, apreqel's own maps are rounded by it, rivals by ggml.
 
         Raises ArtifactError where what was measured before cannot be read.
         """
         self.known = measured_files(probed)
-        self._probed, self._gptq = probed, gptq
+        self._probed, self._rounding = probed, rounding
         self._stack = ExitStack()
         self._text: OnText | None = None
 
@@ -103,39 +103,39 @@ class FileBench(AbstractContextManager["FileBench"]):
 
     def measure(self, label: str, types: Mapping[str, str]) -> FileMeasurement:
         """Write the file, compare it with the original, delete it. Raises EngineError."""
-        gptq = self._gptq if label in _OWN else None
-        key = f"{map_key(types)} {VERSION if gptq else 0}"
+        rounding = self._rounding if label in _OWN else None
+        key = f"{map_key(types)} {VERSION if rounding else 0}"
         known = self.known.files.get(key)
-        found = replace(known or self._measured(label, types, gptq), label=label)
+        found = replace(known or self._measured(label, types, rounding), label=label)
         if known is None or (known.label != label and label in _OWN):
             self.known = replace(self.known, files={**self.known.files, key: found})
             self.known.save(self._probed.space.folder / MEASURED_FILE)
         return found
 
-    def _measured(self, label: str, types: Mapping[str, str], gptq: Gptq | None) -> FileMeasurement:
+    def _measured(
+        self, label: str, types: Mapping[str, str], rounding: Rounding | None
+    ) -> FileMeasurement:
         space = self._probed.space
         if self._text is None:
             tokens = check_set(self._probed.sensitivity.check_tokens)
             on_original = on_text(space, lambda _: tokens, tokens.n_ctx)
             self._text = self._stack.enter_context(on_original)
-        with (
-            TemporaryDirectory(prefix="measured-", dir=space.folder) as place,
-            gptq.compensated(types) if gptq else nullcontext(space.inventory) as source,
-        ):
+        with TemporaryDirectory(prefix="measured-", dir=space.folder) as place:
             path = Path(place) / "file.gguf"
             space.progress(f"trying a real file: {label}", 0, 1)
             quantize_model(
-                source,
+                space.inventory,
                 types,
                 path,
                 imatrix=self._probed.imatrix,
                 n_threads=space.n_threads,
                 allow_requantize=True,
+                moments=rounding.moments(types) if rounding else None,
             )
             found = self._text.compare(path, f"{space.model} as {label}")
             klds, size = found.kld_nats, path.stat().st_size
         chunks = klds.reshape(self._text.tokens.n_chunks, -1).mean(axis=1).tolist()
-        worst, version = float(np.quantile(klds, 0.999)), VERSION if gptq else 0
+        worst, version = float(np.quantile(klds, 0.999)), VERSION if rounding else 0
         return FileMeasurement(label, dict(types), size, tuple(chunks), worst, version)
 
 

@@ -50,7 +50,7 @@ def on_text(
         TemporaryDirectory(prefix="text-", dir=space.folder) as scratch,
         ThreadPoolExecutor(space.n_threads) as pool,
     ):
-        with running(space.model, n_ctx, space.n_threads) as (model, context):
+        with running(space.given.files[0], n_ctx, space.n_threads) as (model, context):
             tokens = cut(model)
             shape = tokens.n_scored, model.n_vocab
             require_space(space.folder, 4 * math.prod(shape), "the original's logits")

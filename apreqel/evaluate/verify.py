@@ -138,8 +138,8 @@ def verify(
         raise UnsupportedModelError(
             f"{text.name}: was used for calibration; verify on another text"
         )
-    paths = {"original": space.model, **files}
-    inventories = [space.inventory, *map(read_inventory, files.values())]
+    paths = {"original": space.given.files[0], **files}
+    inventories = [space.given, *map(read_inventory, files.values())]
     results: list[Comparison] = []
 
     def cut(model: LoadedModel) -> TokenSet:

@@ -117,5 +117,5 @@ def _not_beaten(points: Sequence[FrontPoint]) -> list[FrontPoint]:
 
 def _stock_point(planner: Planner, preset: str) -> FrontPoint:
     inventory, types = planner.inventory, planner.probed.stock_types(preset)
-    size, nats = inventory.output_size(types), planner.damage.predicted(types, gptq=False).nats
+    size, nats = inventory.output_size(types), planner.damage.predicted(types, plain=True).nats
     return FrontPoint(preset, size, nats, planner.speed(inventory, types), types)

@@ -22,21 +22,22 @@ _CACHE_NOTE = (
 
 
 def make_plan(planner: Planner, solved: Solved, types: Mapping[str, str] | None = None) -> Plan:
-    """The plan of what was solved; with `types`, of that map instead, written without GPTQ."""
+    """The plan of what was solved; with `types`, of that map instead, written as ggml rounds."""
     probed, inventory, experts = planner.probed, planner.inventory, planner.experts
     found, request, damage = probed.sensitivity, planner.request, planner.damage
     solved = solved.with_types(types) if types else solved
+    original = probed.space.original
     options, choice = solved.options, solved.solution.choice
     picked = options.types_of(solved.solution)
     cache_types = picked.pop(CACHES, "/".join(USUAL_CACHES)).split("/")
-    chosen, gptq = inventory.types | picked, request.gptq and not types
-    digest = map_digest(chosen, found.imatrix_sha256, experts.used if experts else None, gptq)
+    chosen, is_rounded = inventory.types | picked, not request.plain and not types
+    digest = map_digest(chosen, found.imatrix_sha256, experts.used if experts else None, is_rounded)
     metadata = planner.metadata | {"apreqel.plan": digest}
     tensor_bytes = sum(lookup(chosen[t.name]).size_bytes(t.shape) for t in inventory.tensors)
     beside = planner.experts_nats
     if CACHES in options.names:
         beside += options.cache_scale * float(options.damages[-1][choice[-1]])
-    predicted = damage.predicted(chosen, gptq)
+    predicted = damage.predicted(chosen, plain=not is_rounded)
     low, high = predicted.interval
     build, settings = found.provenance.llama_build, asdict(request)
     made = Plan(
@@ -55,16 +56,20 @@ def make_plan(planner: Planner, solved: Solved, types: Mapping[str, str] | None 
         measured_files=[file.key for file in options.damage.files],
         swaps=list(damage.swaps),
         metric=damage.metric,
-        gptq=gptq,
+        is_rounded=is_rounded,
         gap=solved.solution.gap,
         solver_seconds=solved.solution.seconds,
         imatrix_sha256=found.imatrix_sha256,
         metadata=metadata,
         model_files=[str(f.resolve()) for f in inventory.files],
         workdir=str(probed.space.folder.resolve()),
+        original_files=[str(f.resolve()) for f in original.files] if original else [],
         cache_types=cache_types,
         experts=experts,
-        notes=[*_measurement_notes(planner, chosen), *(_gptq_notes(planner) if gptq else [])],
+        notes=[
+            *_measurement_notes(planner, chosen),
+            *(_rounding_notes(planner) if is_rounded else []),
+        ],
     )
     return made if planner.profile is None else _on_device(made, planner, planner.profile)
 
@@ -102,7 +107,9 @@ def speed_notes(planner: Planner, made: Plan) -> Iterator[str]:
     solved = solve_request(free)
     types = planner.inventory.types | solved.options.types_of(solved.solution)
     speed = planner.speed(planner.running, types)
-    here, there = (planner.damage.predicted(t, made.gptq).nats for t in (made.types, types))
+    here, there = (
+        planner.damage.predicted(t, plain=not made.is_rounded).nats for t in (made.types, types)
+    )
     if speed is not None and there < here:
         decode = speed.decode.value / made.speed.decode.value
         prefill = speed.prefill.value / made.speed.prefill.value
@@ -113,13 +120,12 @@ def speed_notes(planner: Planner, made: Plan) -> Iterator[str]:
         )
 
 
-def _gptq_notes(planner: Planner) -> Iterator[str]:
-    yield "GPTQ compensates weights for their neighbours' rounding when the file is written"
-    left = [name for name, ratios in planner.damage.gptq_ratios.items() if not ratios]
+def _rounding_notes(planner: Planner) -> Iterator[str]:
+    left = [name for name, ratios in planner.damage.rounding_ratios.items() if not ratios]
     if left:
         yield (
-            f"GPTQ leaves {len(left)} tensors as they are (first {left[0]}): the second moments of "
-            "their activations cannot be inverted, or nothing reads them"
+            f"{len(left)} tensors (first {left[0]}) are rounded by ggml alone: nothing reads them, "
+            "or their activations are not finite"
         )
 
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 from apreqel import __version__
@@ -18,8 +18,8 @@ from apreqel.model.gguf_header import STRING, UINT32, encode_kv
 from apreqel.model.imatrix import Imatrix
 from apreqel.sensitivity.damage import Swap
 from apreqel.sensitivity.experts import ExpertUse
-from apreqel.sensitivity.gptq import VERSION
 from apreqel.sensitivity.kv_cache import USUAL
+from apreqel.sensitivity.rounding import VERSION
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,7 @@ class Plan(Record):
     metadata: Mapping[str, str | int]
     model_files: Sequence[str]
     workdir: str  # where the imatrix is
+    original_files: Sequence[str] = field(default=(), kw_only=True)  # of an equalised model
     sensitivity_digest: str  # what it was chosen from: probes,
     measured_files: Sequence[str]  # and files, by their keys
     binding: Sequence[Binding] = ()
@@ -83,7 +84,7 @@ class Plan(Record):
     metric: str = "kld"  # what the damage that was made small is
     beyond_limit: bool = False  # whether the real file passes a limit on damage
     swaps: Sequence[Swap] = ()  # what was probed around it
-    gptq: bool = False  # whether weights are compensated for rounding when they are written
+    is_rounded: bool = False  # by second moments when it is written; else as ggml does
 
     @cached_property
     def counts(self) -> dict[str, int]:
@@ -124,11 +125,11 @@ def encode_metadata(metadata: Mapping[str, str | int]) -> list[bytes]:
 
 
 def map_digest(
-    types: Mapping[str, str], imatrix_sha256: str, experts_used: int | None, gptq: bool
+    types: Mapping[str, str], imatrix_sha256: str, experts_used: int | None, is_rounded: bool
 ) -> str:
     """SHA-256 over what determines the tensor data of the quantised file, and how it runs."""
     rest: list[int | str] = [] if experts_used is None else [experts_used]
-    if gptq:
-        rest.append(f"gptq {VERSION}")
+    if is_rounded:
+        rest.append(f"rounding {VERSION}")
     text = json.dumps([sorted(types.items()), imatrix_sha256, *rest])
     return hashlib.sha256(text.encode()).hexdigest()

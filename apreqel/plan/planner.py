@@ -90,7 +90,7 @@ class Planner:
     @property
     def stock_damage_sum(self) -> float:
         """The damages of stock Q4_K_M's tensors, which are never compensated."""
-        return self.damage.damage_sum(self.stock, gptq=False)
+        return self.damage.damage_sum(self.stock, plain=True)
 
     # -- what may be chosen --
 

@@ -45,7 +45,7 @@ class PlanRequest:
     weights: Mapping[str, float] = field(default_factory=dict)  # of memory, latency, accuracy
     max_type_changes: int | None = None  # against stock Q4_K_M
     experts_used: int | None = None  # a token, instead of the model's own count
-    gptq: bool = False  # compensate weights for rounding when they are written
+    plain: bool = False  # weights as ggml rounds them
     constraints: Constraints = field(default_factory=Constraints)
 
     @property
@@ -156,7 +156,7 @@ def request_of(wishes: Wishes, inventory: Inventory) -> PlanRequest:
         weights={} if wishes.weights is None else parse_weights(wishes.weights),
         max_type_changes=wishes.max_type_changes,
         experts_used=wishes.experts,
-        gptq=wishes.gptq,
+        plain=wishes.plain,
         constraints=replace(constraints, pins=[*copied, *constraints.pins]),
     )
 

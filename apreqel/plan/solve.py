@@ -138,7 +138,7 @@ def with_longest_context(planner: Planner) -> Planner:
         raise UsageError("--ctx max: how much memory may it take? give --max-ram or --fit")
     floor = request.max_kld_nats
     if floor is None:
-        floor = planner.damage.predicted(planner.stock, gptq=False).nats + planner.experts_nats
+        floor = planner.damage.predicted(planner.stock, plain=True).nats + planner.experts_nats
     request = replace(request, max_kld_nats=floor, longest_context=False)
 
     trained = usable_context(planner.inventory, planner.inventory.context_length or None)

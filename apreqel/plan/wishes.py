@@ -39,6 +39,6 @@ class Wishes:
     effort: str = "normal"
     minutes: float | None = None
     metric: str = "kld"
-    gptq: bool = False
+    plain: bool = False
     unchecked: bool = False
     refine: bool | None = None

@@ -4,7 +4,7 @@ Damage is how far the model's predictions move from the original's. A probe meas
 (tensor, type) pair. Others follow from damage = a e(t), with e(t) the relative output error: log a
 is a Gaussian process over the types of a tensor, whose mean comes from the same role in
 neighbouring layers (Rasmussen & Williams 2006, 2.2). Kernels that round activations add their part,
-GPTQ takes its part off, and real files set right what whole type maps add up to.
+rounding anew takes its part off, and real files set right what whole type maps add up to.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ _UNKNOWN_SPREAD = 2.0
 # Rounding in the engine's float32: a divergence below this is not told from none.
 _ENGINE_NOISE_NATS = 5e-7
 
-# What GPTQ takes off a tensor's output error comes off damage as this power of the ratio: it is
-# compensated where activations are large, which is not all where it hurts. Eleven whole files of
-# SmolLM2-135M lay 0.2% off so, with a spread of 2.8%; by the ratio itself all are told 18% too low.
-_GPTQ_POWER = 0.5
+# What rounding anew takes off a tensor's output error comes off damage as this power of the ratio:
+# it is less wrong where activations are large, which is not all where it hurts. Eleven whole files
+# of SmolLM2-135M lay 0.2% off so, with a spread of 2.8%; by the ratio itself all are told 18%
+# too low.
+_ROUNDING_POWER = 0.5
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,11 @@ class Swap:
 
 @dataclass(frozen=True)
 class MeasuredFile:
-    """A whole type map that was measured as a real file, its weights GPTQ-compensated or not."""
+    """A whole type map that was measured as a real file, rounded anew or by ggml alone."""
 
     types: Mapping[str, str]
     kld: Estimate
-    gptq: bool = False
+    is_rounded: bool = False
     key: str = ""  # what it is kept under
 
 
@@ -92,15 +93,15 @@ class DamageModel:
 
     Built from records, and another one (`dataclasses.replace`) where more is known: what probing
     measured (`tensors`, `kernels`), whole maps as real files, swaps probed around the plan at hand,
-    and, for files written with GPTQ, the output error with it over that without by tensor and type.
-    `gptq=False` asks for files without it all the same.
+    and, for files that are rounded anew, the output error after over before by tensor and type.
+    `plain` asks for files as ggml rounds them all the same.
     """
 
     tensors: Mapping[str, TensorSensitivity]
     kernels: Mapping[str, KernelLoss] = field(default_factory=dict)
     files: Sequence[MeasuredFile] = ()
     swaps: Sequence[Swap] = ()
-    gptq_ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    rounding_ratios: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     metric: str = "kld"
 
     # -- what it is built from --
@@ -111,8 +112,12 @@ class DamageModel:
 
         Real files tell KL divergence only.
         """
-        usable = [f for f in self.files if self.gptq_ratios or not f.gptq]
-        rows = [(f, self.damage_sum(f.types, f.gptq)) for f in usable if self.metric == "kld"]
+        usable = [f for f in self.files if self.rounding_ratios or not f.is_rounded]
+        rows = [
+            (f, self.damage_sum(f.types, plain=not f.is_rounded))
+            for f in usable
+            if self.metric == "kld"
+        ]
         return [(f, total) for f, total in rows if f.kld.mean > 0 and total > 0]
 
     @cached_property
@@ -141,32 +146,32 @@ class DamageModel:
 
     # -- single tensors --
 
-    def damage(self, name: str, type_name: str, gptq: bool = True) -> Damage:
+    def damage(self, name: str, type_name: str, plain: bool = False) -> Damage:
         """Of this tensor alone in this type, kernels included. 0 for a type that was not
         measured: the tensor's own."""
-        return self.table(name, gptq).get(type_name, Damage(0.0, 0.0, True))
+        return self.table(name, plain).get(type_name, Damage(0.0, 0.0, True))
 
-    def table(self, name: str, gptq: bool = True) -> Mapping[str, Damage]:
+    def table(self, name: str, plain: bool = False) -> Mapping[str, Damage]:
         """`damage` of all measured types of a tensor."""
-        return (self._compensated if gptq else self._plain)[name]
+        return (self._plain if plain else self._rounded)[name]
 
     @cached_property
-    def _compensated(self) -> Mapping[str, Mapping[str, Damage]]:
-        """Of GPTQ-compensated weights; what kernels lose stays."""
+    def _rounded(self) -> Mapping[str, Mapping[str, Damage]]:
+        """Of weights rounded anew; what kernels lose stays."""
 
-        def compensated(name: str, type_name: str, damage: Damage) -> Damage:
-            ratio = self.gptq_ratios.get(name, {}).get(type_name, 1.0)
+        def rounded(name: str, type_name: str, damage: Damage) -> Damage:
+            ratio = self.rounding_ratios.get(name, {}).get(type_name, 1.0)
             kernel = min(damage.nats, self._kernel_part(name, type_name))
-            return replace(damage, nats=kernel + ratio**_GPTQ_POWER * (damage.nats - kernel))
+            return replace(damage, nats=kernel + ratio**_ROUNDING_POWER * (damage.nats - kernel))
 
         return {
-            name: {type_name: compensated(name, type_name, d) for type_name, d in table.items()}
+            name: {type_name: rounded(name, type_name, d) for type_name, d in table.items()}
             for name, table in self._plain.items()
         }
 
     @cached_property
     def _plain(self) -> Mapping[str, Mapping[str, Damage]]:
-        """Of weights as they are, first by what is known of the tensor, then by swaps."""
+        """Of weights as ggml rounds them, first by what is known of the tensor, then by swaps."""
         tables: dict[str, dict[str, Damage]] = {}
         for name, tensor in self.tensors.items():
             tables[name] = {}
@@ -303,13 +308,13 @@ class DamageModel:
 
     # -- whole type maps --
 
-    def damage_sum(self, types: Mapping[str, str], gptq: bool = True) -> float:
+    def damage_sum(self, types: Mapping[str, str], plain: bool = False) -> float:
         """The sum of the damages of a map's tensors: what the solver adds up."""
-        return sum(self.damage(name, types.get(name, ""), gptq).nats for name in self.tensors)
+        return sum(self.damage(name, types.get(name, ""), plain).nats for name in self.tensors)
 
-    def predicted(self, types: Mapping[str, str], gptq: bool = True) -> Damage:
+    def predicted(self, types: Mapping[str, str], plain: bool = False) -> Damage:
         """What a real file with this map should measure, with its uncertainty."""
-        parts = [self.damage(name, types.get(name, ""), gptq) for name in self.tensors]
+        parts = [self.damage(name, types.get(name, ""), plain) for name in self.tensors]
         total = sum(p.nats for p in parts)
         if total <= 0:
             return Damage(0.0, 0.0)

@@ -36,7 +36,7 @@ _SLOW_STEP = 4  # every so many of these rows in a slow type
 # of damage over error between seven types of 22 tensors (SmolLM2-135M, rows of 768): ffn_up from
 # 0.09 to 0.08, attn_v from 0.42 to 0.24; attn_q by that of IQ3 and IQ4_XS over Q4_0 in all 30
 # layers: 0.23 and no mean error at 0.25 (at 0.75, 0.27 and 10% too little damage in both).
-_BIAS_COUNTS = {
+BIAS_COUNTS = {
     "attn_q": 0.25, "attn_k": 0.25, "attn_v": 4.0, "ffn_up": 2.0, "token_embd": 0.25,
     "output": 0.25,
 }  # fmt: skip
@@ -122,7 +122,7 @@ class OutputErrors:
             output = np.square(w @ x.T).sum(axis=1, dtype=np.float64)
             columns = importance(bench.imatrix, tensor, expert)
             power += share * per_matrix * output.mean() / len(x)
-            bias_counts = _BIAS_COUNTS.get(tensor.role, 1.0)
+            bias_counts = BIAS_COUNTS.get(tensor.role, 1.0)
             wrong = partial(_row_errors, w, x, columns, bias_counts)
             rows_wrong = dict(zip(squared, bench.pool.map(wrong, qtypes), strict=True))
             for q in qtypes:
@@ -165,8 +165,13 @@ def _row_errors(
     What is wrong in the same way at every token counts `bias_counts` times.
     """
     few = np.ascontiguousarray(w[:: _SLOW_STEP if is_slow(q) else 1])
-    wrong = (few - fake_quantize(few, q, columns)) @ x.T
-    bias = len(x) * np.square(wrong.mean(axis=1, dtype=np.float64))
+    return squared_errors((few - fake_quantize(few, q, columns)) @ x.T, bias_counts)
+
+
+def squared_errors(wrong: Floats, bias_counts: float) -> Doubles:
+    """Sums over tokens of the squares of `wrong` [rows, tokens], what is the same at every token
+    counted `bias_counts` times."""
+    bias = wrong.shape[1] * np.square(wrong.mean(axis=1, dtype=np.float64))
     squares: Doubles = np.square(wrong).sum(axis=1, dtype=np.float64)
     squares += (bias_counts - 1) * bias
     return squares

@@ -31,6 +31,7 @@ from apreqel.evaluate.text_run import on_text
 from apreqel.plan.request import PlanRequest
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.sensitivity.metrics import estimate, ratio_interval
+from apreqel.sensitivity.rounding import Rounding
 from apreqel.sensitivity.texts import read_text, verification_set
 from apreqel.workspace import Workspace
 
@@ -53,7 +54,13 @@ class Row:
     decode_over_stock: tuple[float, float, float] | None = None
 
 
-def write(probed: ProbedModel, label: str, types: Mapping[str, str], records: list[bytes]) -> Path:
+def write(
+    probed: ProbedModel,
+    label: str,
+    types: Mapping[str, str],
+    records: list[bytes],
+    is_rounded: bool = False,
+) -> Path:
     path = probed.space.folder / f"bench-{label.replace(' ', '-')}.gguf"
     quantize.quantize_model(
         probed.inventory,
@@ -64,6 +71,7 @@ def write(probed: ProbedModel, label: str, types: Mapping[str, str], records: li
         n_threads=probed.space.n_threads,
         force=True,
         allow_requantize=True,
+        moments=Rounding(probed).moments(types) if is_rounded else None,
     )
     return path
 
@@ -75,7 +83,7 @@ def files(
     stock = build_preset(probed.space, preset, probed.imatrix)
     n_bytes = stock.stat().st_size
     profile = profile_for(probed.space, None, needed=False)
-    asked = {"closest": PlanRequest(max_size_bytes=n_bytes, any_speed=True)}
+    asked = {"closest": PlanRequest(max_size_bytes=n_bytes, any_speed=True, plain=args.plain)}
     if profile is not None:
         asked["as fast"] = replace(asked["closest"], any_speed=False)
     for label, request in asked.items():
@@ -83,9 +91,9 @@ def files(
         made, _ = pipeline.plan(
             probed, request, profile, output=plan_path, check=not args.unchecked
         )
-        path = write(probed, f"{preset} {label}", made.types, made.extra_metadata())
-        yield f"apreqel, {label}", path, made.damage_nats
         records = made.extra_metadata()
+        path = write(probed, f"{preset} {label}", made.types, records, made.is_rounded)
+        yield f"apreqel, {label}", path, made.damage_nats
     yield f"stock {preset}", stock, None
     planner = pipeline.planner_of(probed, asked["closest"], None)
     options = planner.options(None)
@@ -145,6 +153,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=PRESETS)
     parser.add_argument("--peer", action="append", default=[])
     parser.add_argument("--unchecked", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--rounds", type=int, default=0, help="of timing, at each size")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--plans", nargs="+", default=["fastest", "closest"])
     parser.add_argument("--margin", type=float, default=1.0)
     parser.add_argument("--workload", default="512:128")
-    parser.add_argument("--gptq", action="store_true")
+    parser.add_argument("--plain", action="store_true")
     parser.add_argument("--repetitions", type=int, default=9)
     args = parser.parse_args()
     with pipeline.open_workspace(
@@ -67,7 +67,7 @@ def main() -> None:
             }
             files = {}
             for label in args.plans:
-                wish = replace(wishes[label], gptq=args.gptq)
+                wish = replace(wishes[label], plain=args.plain)
                 plan_path = space.folder / f"{label}.json"
                 pipeline.plan(probed, wish, profile, output=plan_path)
                 files[label] = space.folder / f"{label}-{preset}.gguf"

@@ -1,0 +1,329 @@
+"""Equalising: channels rescaled so that they round better, in a model of exactly the same function.
+
+What a norm, or the rows of a matrix, put out can be divided by s, channel by channel, and the
+columns of what reads it multiplied by s (SmoothQuant, arXiv 2211.10438; AWQ, arXiv 2306.00978).
+Kernels round activations in blocks with one scale, and weights likewise; both lose less where a
+block's channels are alike. The exponents of s are chosen site by site by what readers' outputs lose
+on a text, weights and activations rounded together, in types of about 4.5 and 6.5 bits. The file is
+an ordinary GGUF, and is measured against the original before it is kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from apreqel.arrays import Doubles, Floats, Reals, Tokens, Whole
+from apreqel.artifacts import Provenance, Record, require_space
+from apreqel.errors import UsageError, VerificationError
+from apreqel.llama.engine import LoadedModel
+from apreqel.llama.library import build_info
+from apreqel.llama.quants import fake_quantize
+from apreqel.model.gguf_header import STRING, encode_kv
+from apreqel.model.inventory import Inventory, read_inventory
+from apreqel.model.qtypes import QuantType, lookup, nearest
+from apreqel.quantize import quantize_model
+from apreqel.sensitivity.bench import context_for, evaluated, float_rows, read_weights
+from apreqel.sensitivity.metrics import Reference, compare
+from apreqel.sensitivity.output_errors import BIAS_COUNTS, rounded, sample, squared_errors
+from apreqel.sensitivity.texts import Text, TokenSet, split_for_calibration
+from apreqel.workspace import Workspace
+
+# s = (root mean square of the activations)^a / (of the weights' columns)^b.
+_EXPONENTS = ((0.15, 0.25), (0.25, 0.25), (0.25, 0.5), (0.35, 0.25), (0.5, 0.25), (0.5, 0.5))
+_BITS = 4.5, 6.5
+# A site is left as it is where less than this part of the error would go.
+_LEAST_GAIN = 0.02
+_ROWS, _TOKENS = 48, 384
+# Tokens at the start of a context, whose activations are huge and like no others.
+_FIRST_TOKENS = 8
+_LARGEST = 64.0
+# What a model may differ from itself rewritten, in nats: on average, and at any position.
+MEAN_NATS, MOST_NATS = 1e-5, 1e-3
+# Raised whenever another file comes of the same model.
+VERSION = 1
+
+_NORMS = {"attn_norm", "attn_q_norm", "attn_k_norm", "ffn_norm"}
+_AFTER = {"post_attention_norm", "post_ffw_norm", "attn_sinks"}
+_QKV = ("attn_q", "attn_k", "attn_v")
+_READ_FFN = (
+    "ffn_gate", "ffn_up", "ffn_gate_inp", "ffn_gate_exps", "ffn_up_exps", "ffn_gate_shexp",
+    "ffn_up_shexp", "ffn_gate_inp_shexp",
+)  # fmt: skip
+_DOWN = {"ffn_down", "ffn_down_exps", "ffn_down_shexp"}
+_KNOWN = {*_NORMS, *_AFTER, *_QKV, *_READ_FFN, *_DOWN, "attn_output"}
+
+
+@dataclass(frozen=True)
+class Site:
+    """Channels that `writer` puts out and `readers` take in as columns.
+
+    A norm's weight, or a matrix whose rows are the channels, and the bias that goes with it.
+    `channels` tells which one each column is: several heads read the same values.
+    """
+
+    writer: str
+    readers: tuple[str, ...]
+    channels: Whole
+    bias: str | None = None
+
+
+def sites(inventory: Inventory) -> list[Site]:
+    """Of the layers whose wiring is known by the roles of their tensors; of others none."""
+    found: list[Site] = []
+    for layer in range(inventory.n_layers):
+        start = f"blk.{layer}."
+        names = {t.name for t in inventory.tensors if t.name.startswith(start)}
+        roles = {name.removeprefix(start).rpartition(".")[0] for name in names}
+        if roles <= _KNOWN and {"attn_norm", "ffn_norm", "attn_output", *_QKV} <= roles:
+            found += _sites_of(inventory, start, names)
+    return found
+
+
+def _sites_of(inventory: Inventory, start: str, names: set[str]) -> Iterator[Site]:
+    def site(writer: str, roles: Sequence[str], channels: Whole | None = None) -> Site:
+        readers = [f"{start}{role}.weight" for role in roles]
+        bias = f"{start}{writer}.bias"
+        n = inventory.by_name[readers[0]].row_length
+        return Site(
+            f"{start}{writer}.weight",
+            tuple(name for name in readers if name in names),
+            np.arange(n) if channels is None else channels,
+            bias if bias in names else None,
+        )
+
+    yield site("attn_norm", _QKV)
+    yield site("ffn_norm", [r for r in _READ_FFN if f"{start}{r}.weight" in names])
+    if {f"{start}ffn_{r}.weight" for r in ("gate", "up", "down")} <= names:
+        yield site("ffn_up", ["ffn_down"])
+    shape = inventory.head_shape
+    values, outputs = (inventory.by_name[f"{start}attn_{r}.weight"] for r in ("v", "output"))
+    if shape is not None:
+        _, length, n_heads, n_kv_heads = shape
+        if n_kv_heads * length == values.n_rows and n_heads * length == outputs.row_length:
+            heads = np.arange(n_heads) // (n_heads // n_kv_heads)
+            channels = (heads[:, None] * length + np.arange(length)).reshape(-1)
+            yield site("attn_v", ["attn_output"], channels)
+
+
+@dataclass(frozen=True)
+class Equalised(Record):
+    """What was rescaled of a model, and how far the file then differs from it, in nats."""
+
+    KIND = "equalised"
+
+    n_rescaled: int
+    n_sites: int
+    mean_nats: float
+    most_nats: float
+    file_marks: Sequence[int]  # bytes and time of the file
+
+
+def equalised_model(space: Workspace, texts: Sequence[Text]) -> Path:
+    """The model with its channels rescaled, in its work folder; written where it is not there.
+
+    Raises UsageError where no layer is wired in a way that is known, VerificationError where the
+    file would differ from the original, CalibrationError where the texts are too short, and what
+    `quantize_model` raises.
+    """
+    folder = space.folder / "equalised"
+    path, record = folder / space.model.name, folder / "equalised.json"
+    facts = Provenance(space.sha256, build_info(), settings={"version": VERSION})
+    if path.exists() and record.exists():
+        known = Equalised.load_same(record, facts)
+        if known and list(known.file_marks) == _marks(path):
+            return path
+    places = sites(space.inventory)
+    if not places:
+        raise UsageError(
+            f"{space.model}: the layers of {space.inventory.architecture!r} are not wired in a way "
+            "that is known; it cannot be equalised"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    with LoadedModel(space.model, simulated=True) as model:
+        split = split_for_calibration(model, texts, fitting_chunks=4, check_chunks=2)
+    scales = chosen_scales(space, places, split.fitting)
+    n_bytes = space.inventory.output_size(_types(space.inventory, places))
+    require_space(folder, n_bytes, "the model with its channels rescaled")
+    with TemporaryDirectory("", "scratch-", folder, ignore_cleanup_errors=True) as place:
+        part = Path(place) / path.name
+        _write(space, part, places, scales)
+        most, mean = _difference(space, part, split.check)
+        if not (mean <= MEAN_NATS and most <= MOST_NATS):
+            raise VerificationError(
+                f"{space.model}: rewritten it differs from itself by {mean:.2g} nats, {most:.2g} "
+                "at most; it cannot be equalised"
+            )
+        part.replace(path)
+    Equalised(facts, len(scales), len(places), mean, most, _marks(path)).save(record)
+    return path
+
+
+def _marks(path: Path) -> list[int]:
+    found = path.stat()
+    return [found.st_size, found.st_mtime_ns]
+
+
+def _types(inventory: Inventory, places: Sequence[Site]) -> dict[str, str]:
+    """Floats for what is rescaled."""
+    touched = {name for s in places for name in (s.writer, s.bias, *s.readers)}
+    return inventory.types | {
+        t.name: "F16" if t.qtype.name == "F16" else "F32"
+        for t in inventory.tensors
+        if t.name in touched
+    }
+
+
+def _write(
+    space: Workspace, path: Path, places: Sequence[Site], scales: Mapping[str, Floats]
+) -> None:
+    record = encode_kv("apreqel.equalised", STRING, f"{len(scales)} of {len(places)} sites")
+    quantize_model(
+        space.inventory,
+        _types(space.inventory, places),
+        path,
+        extra_metadata=[record],
+        n_threads=space.n_threads,
+        allow_requantize=True,
+    )
+    _rescale(path, places, scales)
+
+
+def _rescale(path: Path, places: Sequence[Site], scales: Mapping[str, Floats]) -> None:
+    copy = read_inventory(path)
+    stored = np.memmap(path, np.uint8, "r+")
+
+    def multiply(name: str, by: Reals) -> None:
+        rows = float_rows(stored, copy.by_name[name])
+        if len(rows) > 1 and rows.shape[1] != 1:
+            rows[:] = (rows.astype(np.float32) * by).astype(rows.dtype)
+        else:
+            rows[:] = rows * by.reshape(rows.shape)
+
+    for site in places:
+        s = scales.get(site.writer)
+        if s is None:
+            continue
+        is_vector = copy.by_name[site.writer].n_rows == 1
+        multiply(site.writer, (1 / s) if is_vector else (1 / s)[:, None])
+        if site.bias is not None:
+            multiply(site.bias, 1 / s)
+        for name in site.readers:
+            multiply(name, s[site.channels])
+    stored.flush()
+
+
+def _difference(space: Workspace, path: Path, text: TokenSet) -> tuple[float, float]:
+    """(largest, mean) KL divergence of the file from the model, in nats."""
+    logits: list[Floats] = []
+    n_threads = space.n_threads
+    with ThreadPoolExecutor(n_threads) as pool:
+        for step, file in enumerate((space.model, path)):
+            space.progress("comparing with the original", step, 2)
+            with LoadedModel(file) as model, context_for(model, text, n_threads) as context:
+                parts = [found.copy() for _, found in evaluated(context, text)]
+                logits.append(np.concatenate(parts))
+        following = text.next_tokens.reshape(-1)
+        klds = compare(logits[1], Reference.of(logits[0], pool), following, pool).kld_nats
+    return float(klds.max()), float(klds.mean())
+
+
+# --- the choice ----------------------------------------------------------------------------------
+
+
+def chosen_scales(space: Workspace, places: Sequence[Site], text: TokenSet) -> dict[str, Floats]:
+    """By writer, the scales [channels] of the sites where they help."""
+    by_reader = {s.readers[0]: s for s in places}
+    left, found = dict(by_reader), dict[str, Floats]()
+
+    def listen(name: str, values: Floats, experts: Tokens | None) -> None:
+        site = left.pop(name, None) if experts is None else None
+        if site is not None:
+            space.progress("choosing scales", len(by_reader) - len(left), len(by_reader))
+            x = values.reshape(-1, values.shape[-1])
+            x = x[np.arange(len(x)) % text.n_ctx >= _FIRST_TOKENS]
+            scales = _best_scales(space.inventory, site, x, pool)
+            if scales is not None:
+                found[site.writer] = scales
+
+    with (
+        ThreadPoolExecutor(space.n_threads) as pool,
+        LoadedModel(space.model, patchable=True) as model,
+        context_for(model, text, space.n_threads, listen) as context,
+    ):
+        for _ in evaluated(context, text):
+            if not left:
+                break
+    return found
+
+
+def _best_scales(
+    inventory: Inventory, site: Site, x: Floats, pool: ThreadPoolExecutor
+) -> Floats | None:
+    """None where nothing gains enough."""
+    random = np.random.default_rng(0)
+    fitted, held_out = x[::2], x[1::2]
+    held_out = held_out[sample(random, len(held_out), _TOKENS)]
+    squares = np.square(fitted, dtype=np.float64).mean(axis=0)
+    readers = []
+    for name in site.readers:
+        tensor = inventory.by_name[name]
+        rows = read_weights(inventory, name, sample(random, tensor.n_rows, _ROWS))
+        readers.append(_Reader(tensor.role, rows, _qtypes(tensor.legal_types)))
+    columns = np.concatenate([r.weights for r in readers])
+    weights = np.square(columns, dtype=np.float64).mean(axis=0)
+    n = int(site.channels.max()) + 1
+    activity, size = (
+        np.sqrt(np.bincount(site.channels, v, n) / np.bincount(site.channels, minlength=n))
+        for v in (squares, weights)
+    )
+    if not (np.isfinite(activity).all() and activity.any() and size.any()):
+        return None
+    activity, size = (np.maximum(v, 1e-3 * np.median(v[v > 0])) for v in (activity, size))
+    candidates = [np.ones(n, np.float32), *(_scales(activity, size, a, b) for a, b in _EXPONENTS)]
+
+    def loss(scales: Floats) -> float:
+        s = scales[site.channels]
+        return sum(r.loss(held_out, squares, s) for r in readers) / len(readers)
+
+    losses = list(pool.map(loss, candidates))
+    best = int(np.argmin(losses))
+    return candidates[best] if losses[best] < losses[0] + np.log1p(-_LEAST_GAIN) else None
+
+
+def _qtypes(legal: Sequence[str]) -> list[QuantType]:
+    usable = [t for t in legal if lookup(t).is_quantized and not lookup(t).needs_imatrix]
+    return [lookup(nearest(usable, bits)) for bits in _BITS] if usable else []
+
+
+def _scales(activity: Doubles, size: Doubles, a: float, b: float) -> Floats:
+    logs = a * np.log(activity) - b * np.log(size)
+    logs = np.clip(logs - logs.mean(), -np.log(_LARGEST), np.log(_LARGEST))
+    scales: Floats = np.exp(logs).astype(np.float32)
+    return scales
+
+
+@dataclass(frozen=True)
+class _Reader:
+    role: str
+    weights: Floats  # [rows, row length]
+    qtypes: Sequence[QuantType]
+
+    def loss(self, x: Floats, squares: Doubles, s: Floats) -> float:
+        """Mean over types of the logarithm of what outputs lose, all rounded as kernels do."""
+        if not self.qtypes:
+            return 0.0
+        scaled, importance = self.weights * s, (squares / np.square(s)).astype(np.float32)
+        importance = np.maximum(importance, importance[importance > 0].min())
+        output, logs = x @ self.weights.T, []
+        for q in self.qtypes:
+            w = fake_quantize(np.ascontiguousarray(scaled), q, importance)
+            wrong = (rounded((x / s).astype(np.float32), q.activation) @ w.T - output).T
+            squared = squared_errors(wrong, BIAS_COUNTS.get(self.role, 1.0)).sum()
+            logs.append(np.log(max(float(squared), 1e-30)))
+        return float(np.mean(logs))
