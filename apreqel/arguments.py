@@ -100,7 +100,11 @@ Requantize = Annotated[
     bool, Option("--allow-requantize", help="Accept a model that is quantised already.")
 ]
 Equalise = Annotated[
-    bool, Option("--equalise", help="Rescale channels first; the model's function stays the same.")
+    bool | None,
+    Option(
+        help="Rescale channels first; the model's function stays the same.  [default: where the "
+        "model's wiring is known]"
+    ),
 ]
 Force = Annotated[bool, Option("--force", help="Replace an output that exists.")]
 Output = Annotated[Path | None, Option("--output", "-o", help="The GGUF to write.")]

@@ -102,7 +102,7 @@ def probe(
     effort: arg.Effort = "normal",
     minutes: arg.Minutes = None,
     allow_requantize: arg.Requantize = False,
-    equalise: arg.Equalise = False,
+    equalise: arg.Equalise = None,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -115,12 +115,15 @@ def probe(
 
     if imatrix is not None and equalise:
         raise UsageError("--imatrix: is of the model as it was; leave it out with --equalise")
+    equalise = False if imatrix is not None else equalise
     if imatrix is not None and is_legacy(imatrix):
         remark(f"{imatrix}: a legacy imatrix; llama.cpp now writes GGUF")
-    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
-        probed = pipeline.probe(
-            space, effort=effort_from(effort, minutes), texts=_texts(text), imatrix_file=imatrix
-        )
+    wanted, chosen = effort_from(effort, minutes), _texts(text)
+    with (
+        _workspace(model, workdir, threads, allow_requantize, quiet) as given,
+        pipeline.equalised(given, equalise) as space,
+    ):
+        probed = pipeline.probe(space, effort=wanted, texts=chosen, imatrix_file=imatrix)
         files = measured_files(probed).own
     answer(json, view.show, probed.sensitivity, files, data=view.as_json)
 
@@ -134,7 +137,7 @@ def plan(
     workdir: arg.Workdir = None,
     threads: arg.Threads = None,
     allow_requantize: arg.Requantize = False,
-    equalise: arg.Equalise = False,
+    equalise: arg.Equalise = None,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -154,19 +157,22 @@ def plan(
     if output is not None:
         Plan.check_output(output)
     metric, refine = wishes.metric, wishes.refine
-    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
-        request = request_of(wishes, space.inventory)
-        profile = profile_for(space, wishes.device, needed=request.uses_profile)
-        probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
-        asked = probed, request, profile
-        if wishes.front:
-            show, found = view.show_front, (pipeline.front(*asked, metric),)
-        elif wishes.ladder:
-            made = pipeline.ladder(*asked, wishes.ladder, check=check, metric=metric)
-            show, found = view.show_ladder, tuple(zip(*made, strict=True))
-        else:
-            found = pipeline.plan(*asked, output=output, check=check, refine=refine, metric=metric)
-            show = view.show
+    with _workspace(model, workdir, threads, allow_requantize, quiet) as given:
+        request = request_of(wishes, given.inventory)
+        with pipeline.equalised(given, equalise) as space:
+            profile = profile_for(space, wishes.device, needed=request.uses_profile)
+            probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
+            asked = probed, request, profile
+            if wishes.front:
+                show, found = view.show_front, (pipeline.front(*asked, metric),)
+            elif wishes.ladder:
+                made = pipeline.ladder(*asked, wishes.ladder, check=check, metric=metric)
+                show, found = view.show_ladder, tuple(zip(*made, strict=True))
+            else:
+                found = pipeline.plan(
+                    *asked, output=output, check=check, refine=refine, metric=metric
+                )
+                show = view.show
     answer(json, show, *found)
 
 
@@ -237,9 +243,11 @@ def verify(
     from apreqel.evaluate.verify import VerifySettings
     from apreqel.model.inventory import find_model
 
-    expected, original = _expected(gguf, model, plan)
-    folder = workdir or (Path(expected.workdir) if expected else None)
-    with _workspace(original, folder, threads, True, quiet) as space:
+    expected, original, folder = _expected(gguf, model, plan)
+    with (
+        _workspace(original, workdir or folder, threads, True, quiet) as given,
+        pipeline.equalised(given, "as probed") as space,
+    ):
         settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
         trial = pipeline.Trial(_verify_text(verify_text), against or [], settings)
         report = pipeline.verify(space, find_model(str(gguf)), trial, expected)
@@ -256,16 +264,19 @@ def compare(
     workdir: arg.Workdir = None,
     threads: arg.Threads = None,
     allow_requantize: arg.Requantize = False,
-    equalise: arg.Equalise = False,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
     """Other ways to choose types at the same size: uniform, stock, by error, by score, ours."""
+    from apreqel import pipeline
     from apreqel.console import verify as view
     from apreqel.evaluate.strategies import compare_strategies
     from apreqel.plan.request import size_from
 
-    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
+    with (
+        _workspace(model, workdir, threads, allow_requantize, quiet) as given,
+        pipeline.equalised(given, "as probed") as space,
+    ):
         report = compare_strategies(
             space,
             size_from("Q4_K_M" if max_size is None else max_size, space.inventory),
@@ -289,7 +300,7 @@ def auto(
     threads: arg.Threads = None,
     force: arg.Force = False,
     allow_requantize: arg.Requantize = False,
-    equalise: arg.Equalise = False,
+    equalise: arg.Equalise = None,
     json: arg.Json = False,
     quiet: arg.Quiet = False,
 ) -> None:
@@ -300,18 +311,21 @@ def auto(
     from apreqel.sensitivity.effort import effort_from
 
     presets = ["Q4_K_M"] if against is None else against
-    with _workspace(model, workdir, threads, allow_requantize, quiet, equalise) as space:
-        trial = pipeline.Trial(_verify_text(verify_text), presets, _settings(space, tokens))
-        result = pipeline.auto(
-            space,
-            request_of(wishes, space.inventory),
-            device=wishes.device,
-            effort=effort_from(wishes.effort, wishes.minutes),
-            texts=_texts(text),
-            trial=trial,
-            output=output,
-            force=force,
-        )
+    effort, calibration = effort_from(wishes.effort, wishes.minutes), _texts(text)
+    with _workspace(model, workdir, threads, allow_requantize, quiet) as given:
+        request = request_of(wishes, given.inventory)
+        trial = pipeline.Trial(_verify_text(verify_text), presets, _settings(given, tokens))
+        with pipeline.equalised(given, equalise) as space:
+            result = pipeline.auto(
+                space,
+                request,
+                device=wishes.device,
+                effort=effort,
+                texts=calibration,
+                trial=trial,
+                output=output,
+                force=force,
+            )
     answer(json, view.show_everything, result)
 
 
@@ -324,7 +338,6 @@ def _workspace(
     threads: int | None,
     allow_requantize: bool,
     quiet: bool,
-    equalised: bool = False,
 ) -> AbstractContextManager[Workspace]:
     from apreqel import pipeline
 
@@ -333,7 +346,6 @@ def _workspace(
         folder=workdir,
         n_threads=threads,
         allow_requantize=allow_requantize,
-        equalised=equalised,
         progress=Reporter(quiet),
     )
 
@@ -358,15 +370,20 @@ def _settings(space: Workspace, tokens: int, with_speed: bool = True) -> VerifyS
     return VerifySettings(n_ctx=n_ctx, n_scored=tokens, with_speed=with_speed)
 
 
-def _expected(gguf: Path, model: str | None, plan: Path | None) -> tuple[Plan | None, str]:
-    """The plan to check against, if any, and the original model."""
+def _expected(
+    gguf: Path, model: str | None, plan: Path | None
+) -> tuple[Plan | None, str, Path | None]:
+    """The plan to check against, if any, the original model and its work folder."""
     from apreqel.plan.plan import Plan
 
     expected = Plan.load(plan) if plan else None
-    original = model or (expected.model_files[0] if expected else None)
-    if original is None:
-        raise UsageError(f"{gguf}: what is its original? give --model ORIGINAL or --plan PLAN")
-    return expected, original
+    if expected is None:
+        if model is None:
+            raise UsageError(f"{gguf}: what is its original? give --model ORIGINAL or --plan PLAN")
+        return None, model, None
+    folder = Path(expected.workdir)
+    original = (*expected.original_files, *expected.model_files)[0]
+    return expected, model or original, folder.parent if expected.original_files else folder
 
 
 def _stop(_number: int, _frame: object) -> NoReturn:

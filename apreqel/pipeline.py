@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
+from typing import Literal
 
-from apreqel import artifacts, quantize, workspace
+from apreqel import artifacts, last_words, quantize, workspace
 from apreqel.artifacts import Provenance
 from apreqel.device.profile import DeviceProfile
 from apreqel.device.profiling import profile_of
@@ -20,6 +20,7 @@ from apreqel.errors import (
     InfeasiblePlanError,
     ModelFileError,
     OutputError,
+    UsageError,
 )
 from apreqel.evaluate import verify as verification
 from apreqel.evaluate.confirm import better, confirmed_plan, measure_ladder
@@ -40,7 +41,7 @@ from apreqel.progress import Progress
 from apreqel.sensitivity.bench import require_next_tokens
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.effort import Effort
-from apreqel.sensitivity.equalise import equalised_model
+from apreqel.sensitivity.equalise import equalised_model, is_probed
 from apreqel.sensitivity.experts import expert_use
 from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity, cache_sensitivity
 from apreqel.sensitivity.measure import ProbeSettings, measure
@@ -60,26 +61,45 @@ def open_workspace(
     folder: Path | None,
     n_threads: int | None = None,
     allow_requantize: bool,
-    equalised: bool = False,
     progress: Progress,
 ) -> Iterator[Workspace]:
     """`workspace.opened`, of a model that predicts next tokens, as all that is measured here needs.
 
-    Without `n_threads` as many as a profile of this device was tuned to. `equalised`: of the same
-    model with its channels rescaled, in a folder within. Raises what `require_next_tokens` and
-    `equalised_model` raise.
+    Without `n_threads` as many as a profile of this device was tuned to. Raises what
+    `require_next_tokens` raises.
     """
-    opened = partial(workspace.opened, allow_requantize=allow_requantize, progress=progress)
-    with opened(name, folder) as space:
+    with workspace.opened(
+        name, folder, allow_requantize=allow_requantize, progress=progress
+    ) as space:
         require_next_tokens(space.inventory)
-        space = with_threads(space, n_threads)
-        if not equalised:
-            yield space
-            return
-        path = equalised_model(space, bundled_texts())
-        with opened(str(path), path.parent) as inner:
-            inner = replace(inner, n_threads=space.n_threads, tune_threads=space.tune_threads)
-            yield replace(inner, original=space.inventory)
+        yield with_threads(space, n_threads)
+
+
+@contextmanager
+def equalised(
+    space: Workspace, wanted: bool | Literal["as probed"] | None = None
+) -> Iterator[Workspace]:
+    """Of the same model with its channels rescaled, in a folder within; or `space` itself.
+
+    None: where that can be done, unless it was probed as it is; "as probed": where it was probed
+    so. Raises what `equalised_model` raises, UsageError where it is wanted and cannot be done.
+    """
+    known = [is_probed(space.folder, kind) for kind in (True, False)]
+    if wanted is False or (wanted is not True and not known[0] and (wanted or known[1])):
+        yield space
+        return
+    path, reason = equalised_model(space, bundled_texts())
+    if path is None:
+        if wanted is True:
+            raise UsageError(f"{space.model}: cannot be equalised: {reason}")
+        yield space
+        return
+    with workspace.opened(
+        str(path), path.parent, allow_requantize=space.allow_requantize, progress=space.progress
+    ) as inner:
+        last_words.note(model=space.model)
+        yield replace(space, inventory=inner.inventory, sha256=inner.sha256, folder=inner.folder,
+                      original=space.inventory)  # fmt: skip
 
 
 # --- probing -------------------------------------------------------------------------------------
@@ -289,7 +309,7 @@ def run_plan(
             f"has {digest[:12]}; plan again"
         )
     original = read_inventory(Path(made.original_files[0])) if made.original_files else None
-    space = Workspace(inventory, digest, folder, original, n_threads=n_threads, progress=progress)
+    space = Workspace(inventory, digest, folder, n_threads, progress=progress, original=original)
     probed = require_probed_model(space)
     if probed.sensitivity.imatrix_sha256 != made.imatrix_sha256:
         raise ArtifactError(f"{folder}: does not hold the imatrix of {path.name}; plan again")

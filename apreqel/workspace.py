@@ -41,11 +41,11 @@ class Workspace:
     inventory: Inventory
     sha256: str
     folder: Path
-    original: Inventory | None = None
     n_threads: int = 1
     tune_threads: bool = False  # whether a device profile may find a better number of them
     allow_requantize: bool = False
     progress: Progress = silent
+    original: Inventory | None = None
 
     @property
     def model(self) -> Path:

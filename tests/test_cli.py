@@ -156,13 +156,13 @@ def test_the_whole_way_and_nothing_twice(rows_576_model: Path, tmp_path: Path) -
     assert other.returncode == 0 and str(output) in other.stdout.replace("\n", "")
     assert "evaluating" in other.stderr and "probing" not in other.stderr
     assert output.stat().st_mtime_ns != changed
-    for path in (tmp_path / "tiny.gguf.apreqel").glob("*.json"):
+    for path in (tmp_path / "tiny.gguf.apreqel").rglob("*.json"):
         assert json.loads(path.read_text())["kind"].startswith("apreqel ")
     probed = apreqel("probe", model, "--quiet").stdout
     assert "zero columns substituted\n" in probed  # a dense model has no experts to speak of
     assert probed.count("damage: how far the model's predictions move") == 1
     # The steps by hand, on the same measurements.
-    folder = tmp_path / "tiny.gguf.apreqel"
+    folder = tmp_path / "tiny.gguf.apreqel" / "equalised"
     done = apreqel("plan", model, "--prefer", "memory", "--max-kld", "0.5", "--quiet")
     assert done.returncode == 0 and done.stderr == ""
     by_hand = tmp_path / "by-hand.gguf"
@@ -239,7 +239,7 @@ def test_second_run_in_a_folder_and_ctrl_c(
         rest = first.stderr.read()
         assert first.wait() == 130
         assert "apreqel: stopped" in rest and "Traceback" not in rest
-    assert not list((tmp_path / "w").glob("scratch-*"))
+    assert not list((tmp_path / "w").rglob("scratch-*"))
 
 
 @contextmanager
@@ -257,7 +257,7 @@ def test_what_the_system_kills_is_told_and_leaves_nothing(
 ) -> None:
     with a_probe(llama_model, tmp_path / "w") as process:
         (child,) = psutil.Process(process.pid).children()
-        assert list((tmp_path / "w").glob("scratch-*"))
+        assert list((tmp_path / "w").rglob("scratch-*"))
         child.kill()
         assert process.stderr is not None
         last = process.stderr.read().splitlines()[-1]

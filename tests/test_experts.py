@@ -243,19 +243,22 @@ def test_the_command(moe_model: Path, llama_model: Path, tmp_path: Path) -> None
     message = "--experts 1: tiny is dense; it has no experts"
     expect(2, message, "plan", llama_model, "--experts", "1", "--workdir", tmp_path / "w")
     folder = tmp_path / "moe.gguf.apreqel"
-    assert not (folder / "sensitivity.json").exists()  # refused before anything was measured
-    assert apreqel("probe", model, "--effort", "quick", "-t", "1").returncode == 0
-    wishes = ["--target-bpw", "6", "--experts", "1", "-t", "1"]
+    assert not [
+        *folder.rglob("sensitivity.json"),
+        *folder.rglob("equalised"),
+    ]  # refused before anything was measured
+    assert apreqel("probe", model, "--effort", "quick", "-t", "1", "--no-equalise").returncode == 0
+    wishes = ["--target-bpw", "6", "--experts", "1", "-t", "1", "--plain"]
     done = apreqel("plan", model, *wishes)
     assert done.returncode == 0, done.stderr
     assert "probing 1 active experts" in done.stderr
     assert "experts: 1 of 4 active a token (the model's own count: 2), 0." in done.stdout
-    output = tmp_path / "out.gguf"
-    assert apreqel("quantize", folder / "plan.json", "-o", output).returncode == 0
+    output, plan = tmp_path / "out.gguf", next(folder.rglob("plan.json"))
+    assert apreqel("quantize", plan, "-o", output).returncode == 0
     assert "4 experts (1 active a token)" in apreqel("inspect", output).stdout
     again = apreqel("plan", model, *wishes)
     assert again.returncode == 0 and "probing" not in again.stderr
-    assert apreqel("explain", folder / "plan.json").returncode == 0
+    assert apreqel("explain", plan).returncode == 0
     for more in (["--front"], ["--ladder", "2"]):
-        done = apreqel("plan", model, "--experts", "1", "-t", "1", *more)
+        done = apreqel("plan", model, *wishes[2:], *more)
         assert done.returncode == 0, done.stderr

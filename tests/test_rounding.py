@@ -212,12 +212,16 @@ def test_tensors_without_second_moments_are_left_to_ggml(
         return real(sums, bias_counts)
 
     monkeypatch.setattr(_Moments, "damped", nothing)
+    for old in ("gptq-0123456789ab", "moments-0123456789ab", "moments"):
+        (tmp_path / old).mkdir()
     made, _ = pipeline.plan(probed, PlanRequest(target_bpw=5.0), None, check=False)
     ratios = Rounding(probed).ratios().ratios
     left = next(name for name, row in ratios.items() if not row and "ffn_down" in name)
     assert any("are rounded by ggml alone" in note for note in made.notes)
     types = uniform(probed.inventory, "Q4_0")
     paths = Rounding(probed).moments(types)
+    folders = {path.name for path in probed.space.folder.iterdir() if path.is_dir()}
+    assert folders == {"moments", paths["blk.0.attn_q.weight"].parent.name}
     assert left not in paths and "blk.0.attn_q.weight" in paths
     paths["blk.0.attn_q.weight"].write_bytes(b"x")
     with pytest.raises(ArtifactError, match="has 1 bytes, not"):

@@ -21,7 +21,7 @@
 #include <string.h>
 
 /* Rows that go through the moments together. */
-#define ROWS_AT_ONCE 8
+#define ROWS_AT_ONCE 16
 /* Over all blocks of a row, and of codes and scales within a block. */
 #define PASSES 4
 #define ROUNDS 3
@@ -29,10 +29,12 @@
 /* Vectorised for what the processor has; the same operations in the same order everywhere. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) &&        \
     !defined(__clang__)
-#define VECTORISED __attribute__((target_clones("default", "avx2"), optimize("O3")))
+#define VECTORISED __attribute__((target_clones("default", "avx2")))
 #else
 #define VECTORISED
 #endif
+/* Into what is vectorised. */
+#define INLINE static inline __attribute__((always_inline))
 
 bool rounding_knows(int type) { return layout_of(type) != NULL; }
 
@@ -49,17 +51,17 @@ struct place {
     float *values, *gradient; /* of its columns alone */
     const float *moments;     /* of its columns; a row further is `stride` on */
     int64_t stride;
+    const float *inverse; /* of the diagonal of the moments */
     struct half_conversions half;
 };
 
-VECTORISED
-static void add_scaled(float *restrict to, const float *restrict from, float factor, int64_t n) {
+INLINE void add_scaled(float *restrict to, const float *restrict from, float factor, int64_t n) {
     for (int64_t i = 0; i < n; i++) {
         to[i] += factor * from[i];
     }
 }
 
-static float dot(const float *a, const float *b, int n) {
+INLINE float dot(const float *a, const float *b, int n) {
     float sums[4] = {0};
     for (int i = 0; i < n; i += 4) {
         for (int j = 0; j < 4; j++) {
@@ -69,12 +71,12 @@ static float dot(const float *a, const float *b, int n) {
     return sums[0] + sums[1] + (sums[2] + sums[3]);
 }
 
-static float level(const struct layout *layout, int code) {
+INLINE float level(const struct layout *layout, int code) {
     return layout->levels ? layout->levels[code] : (float)code;
 }
 
 /* The code whose level is nearest. */
-static int nearest_code(const struct layout *layout, float wanted) {
+INLINE int nearest_code(const struct layout *layout, float wanted) {
     int low = layout->low, high = layout->high;
     if (!layout->levels) {
         wanted = wanted < high ? wanted : (float)high;
@@ -88,39 +90,38 @@ static int nearest_code(const struct layout *layout, float wanted) {
 }
 
 /* The whole number in [least, most] nearest to `value`. */
-static int nearest_whole(float value, int least, int most) {
+INLINE int nearest_whole(float value, int least, int most) {
     value = value < most ? value : (float)most;
     return value > least ? (int)(value - least + 0.5f) + least : least;
 }
 
-static void move(struct place *p, int column, float to) {
+INLINE void move(struct place *p, int column, float to) {
     float change = to - p->values[column];
     add_scaled(p->gradient, p->moments + column * p->stride, change, p->layout->block);
     p->values[column] = to;
 }
 
-static bool choose_codes(struct place *p, float d, float m) {
+INLINE bool choose_codes(struct place *p, float d, float m) {
     const struct layout *layout = p->layout;
     bool changed = false;
-    for (int i = 0; i < layout->block; i++) {
-        int part = i / layout->part;
+    for (int part = 0; part < layout->block / layout->part; part++) {
         float step = d * p->block->scales[part], base = m * p->block->mins[part];
-        if (step == 0) {
-            continue;
-        }
-        float best = p->values[i] - p->gradient[i] / p->moments[i * p->stride + i];
-        int code = nearest_code(layout, (best - base) / step);
-        if (code != p->block->codes[i]) {
-            p->block->codes[i] = (int8_t)code;
-            move(p, i, step * level(layout, code) + base);
-            changed = true;
+        float steps = 1 / step; /* a weight */
+        for (int i = part * layout->part; i < (part + 1) * layout->part && step != 0; i++) {
+            float best = p->values[i] - p->gradient[i] * p->inverse[i];
+            int code = nearest_code(layout, (best - base) * steps);
+            if (code != p->block->codes[i]) {
+                p->block->codes[i] = (int8_t)code;
+                move(p, i, step * level(layout, code) + base);
+                changed = true;
+            }
         }
     }
     return changed;
 }
 
 /* How far to go along `direction` of the `n` columns from `first` for the least error. */
-static float best_step(const struct place *p, const float *direction, int first, int n) {
+INLINE float best_step(const struct place *p, const float *direction, int first, int n) {
     float slope = dot(direction, p->gradient + first, n), curvature = 0;
     for (int i = 0; i < n; i++) {
         const float *moments = p->moments + (first + i) * p->stride + first;
@@ -130,7 +131,7 @@ static float best_step(const struct place *p, const float *direction, int first,
 }
 
 /* Of the part: its scale, and its min. */
-static bool choose_part(struct place *p, int part, float d, float m) {
+INLINE bool choose_part(struct place *p, int part, float d, float m) {
     const struct layout *layout = p->layout;
     int n = layout->part, first = part * n;
     int16_t *scale = &p->block->scales[part], *min = &p->block->mins[part];
@@ -160,7 +161,7 @@ static bool choose_part(struct place *p, int part, float d, float m) {
 }
 
 /* `value` [float16], which all columns of the block follow as `direction` says. */
-static bool choose_factor(struct place *p, uint16_t *value, const float *direction) {
+INLINE bool choose_factor(struct place *p, uint16_t *value, const float *direction) {
     int n = p->layout->block;
     float pull[LARGEST_BLOCK] = {0}, old = p->half.to_float(*value);
     for (int i = 0; i < n; i++) {
@@ -181,7 +182,7 @@ static bool choose_factor(struct place *p, uint16_t *value, const float *directi
     return true;
 }
 
-static bool choose_factors(struct place *p) {
+INLINE bool choose_factors(struct place *p) {
     const struct layout *layout = p->layout;
     struct block *block = p->block;
     float direction[LARGEST_BLOCK];
@@ -199,6 +200,7 @@ static bool choose_factors(struct place *p) {
 }
 
 /* Everything that the block holds, while the rest of the row stands. */
+VECTORISED
 static void choose_block(struct place *p, bool with_factors) {
     const struct layout *layout = p->layout;
     for (int round = 0; round < ROUNDS; round++) {
@@ -217,29 +219,52 @@ static void choose_block(struct place *p, bool with_factors) {
     choose_codes(p, p->half.to_float(p->block->d), p->half.to_float(p->block->m));
 }
 
+/* The gradients of a few rows after `changes` [rows][columns] of the `n` columns from `start`. */
+VECTORISED
+static void follow(struct row *rows, int n_rows, int64_t start, int64_t n, int64_t length,
+                   const float *moments, float changes[][LARGEST_BLOCK], bool within) {
+    for (int64_t i = 0; i < n; i++) {
+        const float *m = moments + (start + i) * length;
+        for (int r = 0; r < n_rows; r++) {
+            float change = changes[r][i], *g = rows[r].gradient;
+            if (change == 0) {
+                continue;
+            }
+            if (within) {
+                add_scaled(g, m, change, length);
+            } else {
+                add_scaled(g, m, change, start);
+                add_scaled(g + start + n, m + start + n, change, length - start - n);
+            }
+        }
+    }
+}
+
 /* Over all blocks of a few rows, once. */
 static void pass(const struct layout *layout, struct row *rows, int n_rows, int64_t length,
-                 const float *moments, struct half_conversions half, bool with_factors) {
-    float before[ROWS_AT_ONCE][LARGEST_BLOCK];
+                 const float *moments, const float *inverse, struct half_conversions half,
+                 bool with_factors) {
+    float changes[ROWS_AT_ONCE][LARGEST_BLOCK];
     int n = layout->block;
     for (int64_t start = 0; start < length; start += n) {
         for (int r = 0; r < n_rows; r++) {
             struct row *row = &rows[r];
-            memcpy(before[r], row->values + start, (size_t)n * sizeof(float));
-            struct place p = {layout, row->blocks + start / n, row->values + start,
-                              row->gradient + start, moments + start * length + start, length, half};
+            float before[LARGEST_BLOCK];
+            memcpy(before, row->values + start, (size_t)n * sizeof(float));
+            struct place p = {layout,
+                              row->blocks + start / n,
+                              row->values + start,
+                              row->gradient + start,
+                              moments + start * length + start,
+                              length,
+                              inverse + start,
+                              half};
             choose_block(&p, with_factors);
-        }
-        for (int i = 0; i < n; i++) {
-            const float *m = moments + (start + i) * length;
-            for (int r = 0; r < n_rows; r++) {
-                float change = rows[r].values[start + i] - before[r][i], *g = rows[r].gradient;
-                if (change != 0) {
-                    add_scaled(g, m, change, start);
-                    add_scaled(g + start + n, m + start + n, change, length - start - n);
-                }
+            for (int i = 0; i < n; i++) {
+                changes[r][i] = row->values[start + i] - before[i];
             }
         }
+        follow(rows, n_rows, start, n, length, moments, changes, false);
     }
 }
 
@@ -260,15 +285,19 @@ static void read_row(const struct layout *layout, const uint8_t *data, int64_t l
 
 size_t rounding_scratch_bytes(int64_t length) {
     size_t n = (size_t)length;
-    return ROWS_AT_ONCE * (2 * n * sizeof(float) + (n / 32 + 1) * sizeof(struct block));
+    return n * sizeof(float) +
+           ROWS_AT_ONCE * (2 * n * sizeof(float) + (n / 32 + 1) * sizeof(struct block));
 }
 
 void round_rows(int type, uint8_t *data, size_t row_bytes, const float *weights, int64_t rows,
                 int64_t length, const float *moments, struct half_conversions half, void *scratch) {
     const struct layout *layout = layout_of(type);
     struct row tile[ROWS_AT_ONCE];
-    float *floats = scratch;
+    float *inverse = scratch, *floats = inverse + length;
     struct block *blocks = (void *)(floats + 2 * ROWS_AT_ONCE * length);
+    for (int64_t i = 0; i < length; i++) {
+        inverse[i] = 1 / moments[i * length + i];
+    }
     for (int r = 0; r < ROWS_AT_ONCE; r++) {
         tile[r] = (struct row){floats + 2 * r * length, floats + (2 * r + 1) * length,
                                blocks + r * (length / layout->block)};
@@ -279,14 +308,18 @@ void round_rows(int type, uint8_t *data, size_t row_bytes, const float *weights,
             read_row(layout, data + (size_t)(first + r) * row_bytes, length, half, &tile[r]);
             memset(tile[r].gradient, 0, (size_t)length * sizeof(float));
         }
-        for (int64_t i = 0; i < length; i++) {
+        for (int64_t start = 0; start < length; start += layout->block) {
+            float errors[ROWS_AT_ONCE][LARGEST_BLOCK];
             for (int r = 0; r < n; r++) {
-                float error = tile[r].values[i] - weights[(first + r) * length + i];
-                add_scaled(tile[r].gradient, moments + i * length, error, length);
+                for (int i = 0; i < layout->block; i++) {
+                    int64_t at = start + i;
+                    errors[r][i] = tile[r].values[at] - weights[(first + r) * length + at];
+                }
             }
+            follow(tile, n, start, layout->block, length, moments, errors, true);
         }
         for (int i = 0; i < PASSES; i++) {
-            pass(layout, tile, n, length, moments, half, i < 2);
+            pass(layout, tile, n, length, moments, inverse, half, i < 2);
         }
         for (int r = 0; r < n; r++) {
             for (int64_t i = 0; i < length / layout->block; i++) {

@@ -132,6 +132,11 @@ def _rounding_notes(planner: Planner) -> Iterator[str]:
 def _measurement_notes(planner: Planner, types: Mapping[str, str]) -> Iterator[str]:
     """What the reader of a plan should know about the measurements behind it."""
     found = planner.probed.sensitivity
+    if planner.probed.space.original:
+        yield (
+            "channels are rescaled, the model's function stays the same; LoRA adapters made for "
+            "the original do not fit (--no-equalise)"
+        )
     damages = (planner.damage.damage(name, types.get(name, "")) for name in found.tensors)
     if unresolved := sum(not damage.is_resolved for damage in damages):
         yield (

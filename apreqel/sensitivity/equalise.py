@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,7 +21,6 @@ import numpy as np
 
 from apreqel.arrays import Doubles, Floats, Reals, Tokens, Whole
 from apreqel.artifacts import Provenance, Record, require_space
-from apreqel.errors import UsageError, VerificationError
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.library import build_info
 from apreqel.llama.quants import fake_quantize
@@ -29,6 +29,7 @@ from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import QuantType, lookup, nearest
 from apreqel.quantize import quantize_model
 from apreqel.sensitivity.bench import context_for, evaluated, float_rows, read_weights
+from apreqel.sensitivity.measurement import SENSITIVITY_FILE
 from apreqel.sensitivity.metrics import Reference, compare
 from apreqel.sensitivity.output_errors import BIAS_COUNTS, rounded, sample, squared_errors
 from apreqel.sensitivity.texts import Text, TokenSet, split_for_calibration
@@ -45,6 +46,8 @@ _FIRST_TOKENS = 8
 _LARGEST = 64.0
 # What a model may differ from itself rewritten, in nats: on average, and at any position.
 MEAN_NATS, MOST_NATS = 1e-5, 1e-3
+# In the model's work folder, the work folder of the equalised one.
+_FOLDER = "equalised"
 # Raised whenever another file comes of the same model.
 VERSION = 1
 
@@ -121,52 +124,76 @@ class Equalised(Record):
     n_sites: int
     mean_nats: float
     most_nats: float
-    file_marks: Sequence[int]  # bytes and time of the file
+    file_marks: Sequence[int]  # bytes and time of the file; none of one that differed too much
+
+    @property
+    def why_not(self) -> str:
+        """Why there is no such file; empty where there is."""
+        if self.file_marks:
+            return ""
+        if not self.n_rescaled:
+            return "rescaling gains nothing"
+        return f"rewritten it differs from itself by {self.mean_nats:.2g} nats"
 
 
-def equalised_model(space: Workspace, texts: Sequence[Text]) -> Path:
+def why_not(inventory: Inventory) -> str:
+    """Why a model is not to be equalised, as far as its header tells; else empty."""
+    if inventory.is_quantized_source:
+        return "it is quantised already"
+    if not sites(inventory):
+        return f"the layers of {inventory.architecture!r} are not wired in a way that is known"
+    return ""
+
+
+def is_probed(folder: Path, equalised: bool) -> bool:
+    """Whether a model's work folder holds a probed model, of it as it is or equalised."""
+    return (folder / (_FOLDER if equalised else "") / SENSITIVITY_FILE).exists()
+
+
+def equalised_model(space: Workspace, texts: Sequence[Text]) -> tuple[Path | None, str]:
     """The model with its channels rescaled, in its work folder; written where it is not there.
 
-    Raises UsageError where no layer is wired in a way that is known, VerificationError where the
-    file would differ from the original, CalibrationError where the texts are too short, and what
-    `quantize_model` raises.
+    Or None, and why. Raises CalibrationError where the texts are too short, OutputError where there
+    is no room, and what `quantize_model` raises.
     """
-    folder = space.folder / "equalised"
+    if reason := why_not(space.inventory):
+        return None, reason
+    folder = space.folder / _FOLDER
     path, record = folder / space.model.name, folder / "equalised.json"
     facts = Provenance(space.sha256, build_info(), settings={"version": VERSION})
-    if path.exists() and record.exists():
-        known = Equalised.load_same(record, facts)
-        if known and list(known.file_marks) == _marks(path):
-            return path
+    known = Equalised.load_same(record, facts)
+    if known is None or (known.file_marks and known.file_marks != _marks(path)):
+        path.unlink(missing_ok=True)
+        known = _equalised(space, path, texts, facts)
+        known.save(record)
+    return (None, known.why_not) if known.why_not else (path, "")
+
+
+def _equalised(space: Workspace, path: Path, texts: Sequence[Text], facts: Provenance) -> Equalised:
     places = sites(space.inventory)
-    if not places:
-        raise UsageError(
-            f"{space.model}: the layers of {space.inventory.architecture!r} are not wired in a way "
-            "that is known; it cannot be equalised"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
+    n_bytes = space.inventory.output_size(_types(space.inventory, places))
+    require_space(path.parent, n_bytes, "the model with its channels rescaled (--no-equalise)")
     with LoadedModel(space.model, simulated=True) as model:
         split = split_for_calibration(model, texts, fitting_chunks=4, check_chunks=2)
     scales = chosen_scales(space, places, split.fitting)
-    n_bytes = space.inventory.output_size(_types(space.inventory, places))
-    require_space(folder, n_bytes, "the model with its channels rescaled")
-    with TemporaryDirectory("", "scratch-", folder, ignore_cleanup_errors=True) as place:
+    if not scales:
+        return Equalised(facts, 0, len(places), 0.0, 0.0, [])
+    with TemporaryDirectory("", "scratch-", path.parent, ignore_cleanup_errors=True) as place:
         part = Path(place) / path.name
         _write(space, part, places, scales)
         most, mean = _difference(space, part, split.check)
-        if not (mean <= MEAN_NATS and most <= MOST_NATS):
-            raise VerificationError(
-                f"{space.model}: rewritten it differs from itself by {mean:.2g} nats, {most:.2g} "
-                "at most; it cannot be equalised"
-            )
-        part.replace(path)
-    Equalised(facts, len(scales), len(places), mean, most, _marks(path)).save(record)
-    return path
+        is_same = mean <= MEAN_NATS and most <= MOST_NATS
+        if is_same:
+            part.replace(path)
+    return Equalised(facts, len(scales), len(places), mean, most, _marks(path) if is_same else [])
 
 
 def _marks(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    """None of a file that is not there."""
+    with suppress(FileNotFoundError):
+        found = path.stat()
+        return [found.st_size, found.st_mtime_ns]
+    return []
 
 
 def _types(inventory: Inventory, places: Sequence[Site]) -> dict[str, str]:

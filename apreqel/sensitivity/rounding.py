@@ -10,6 +10,8 @@ collected, and it is measured what they take off each tensor's output error.
 from __future__ import annotations
 
 import hashlib
+import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -41,6 +43,8 @@ VERSION = 2
 _ROOM_BYTES = 2 << 30
 # What it gives is measured on so many rows and tokens: the ratio of errors on the same ones.
 _RATIO_ROWS, _RATIO_TOKENS = 64, 384
+# Where second moments are, and were.
+_FOLDER = re.compile(r"(gptq|moments)-[0-9a-f]{12}")
 # Tensors that read the same activations.
 _READS_AS = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
 
@@ -175,7 +179,13 @@ class Rounding:
             raise ArtifactError(f"{path}: has {path.stat().st_size} bytes, not {size}; delete it")
 
     def _collect(self, wanted: dict[str, list[Tensor]]) -> None:
-        """By what is read; in as many passes over the text as memory asks for."""
+        """By what is read; in as many passes over the text as memory asks for.
+
+        Those of another text, or of an older apreqel, make room first.
+        """
+        for old in self._space.folder.iterdir():
+            if _FOLDER.fullmatch(old.name) and old != self._place and not old.is_symlink():
+                shutil.rmtree(old, ignore_errors=True)
         needed = sum(4 * t.row_length**2 for tensors in wanted.values() for t in tensors)
         require_space(self._space.folder, needed, "the second moments of activations")
         with LoadedModel(self._space.model, patchable=True) as model:
