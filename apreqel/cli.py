@@ -244,9 +244,10 @@ def verify(
     from apreqel.model.inventory import find_model
 
     expected, original, folder = _expected(gguf, model, plan)
+    wanted = expected.is_equalised if expected else None
     with (
         _workspace(original, workdir or folder, threads, True, quiet) as given,
-        pipeline.equalised(given, "as probed") as space,
+        pipeline.equalised(given, "as probed" if wanted is None else wanted) as space,
     ):
         settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
         trial = pipeline.Trial(_verify_text(verify_text), against or [], settings)

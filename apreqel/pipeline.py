@@ -41,7 +41,7 @@ from apreqel.progress import Progress
 from apreqel.sensitivity.bench import require_next_tokens
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.effort import Effort
-from apreqel.sensitivity.equalise import equalised_model, is_probed
+from apreqel.sensitivity.equalise import equalised_model, probed_at
 from apreqel.sensitivity.experts import expert_use
 from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity, cache_sensitivity
 from apreqel.sensitivity.measure import ProbeSettings, measure
@@ -81,11 +81,13 @@ def equalised(
 ) -> Iterator[Workspace]:
     """Of the same model with its channels rescaled, in a folder within; or `space` itself.
 
-    None: where that can be done, unless it was probed as it is; "as probed": where it was probed
-    so. Raises what `equalised_model` raises, UsageError where it is wanted and cannot be done.
+    None: where that can be done, unless it was last probed as it is; "as probed": where it was
+    last probed so. Raises what `equalised_model` raises, UsageError where it is wanted and cannot
+    be done.
     """
-    known = [is_probed(space.folder, kind) for kind in (True, False)]
-    if wanted is False or (wanted is not True and not known[0] and (wanted or known[1])):
+    there, here = (probed_at(space.folder, kind) for kind in (True, False))
+    as_it_is = {None: here > there, "as probed": there <= here, True: False, False: True}
+    if as_it_is[wanted]:
         yield space
         return
     path, reason = equalised_model(space, bundled_texts())
@@ -257,12 +259,15 @@ def ladder(
 def load_plan(path: Path) -> tuple[Plan, Inventory]:
     """A plan and the model it was made for. Raises ArtifactError, ModelFileError."""
     made = Plan.load(path)
-    model = Path(made.model_files[0])
-    if not model.exists():
+    return made, _given(path, made.model_files[0])
+
+
+def _given(plan: Path, model: str) -> Inventory:
+    if not Path(model).exists():
         raise ModelFileError(
-            f"{path}: its model {model} is gone; plan again where the model is now"
+            f"{plan}: its model {model} is gone; plan again where the model is now"
         )
-    return made, read_inventory(model)
+    return read_inventory(Path(model))
 
 
 def explained(path: Path) -> tuple[Solved, Plan, Inventory]:
@@ -308,7 +313,7 @@ def run_plan(
             f"{path}: made for the model with SHA-256 {expected[:12]}, {inventory.files[0]} now "
             f"has {digest[:12]}; plan again"
         )
-    original = read_inventory(Path(made.original_files[0])) if made.original_files else None
+    original = _given(path, made.original_files[0]) if made.original_files else None
     space = Workspace(inventory, digest, folder, n_threads, progress=progress, original=original)
     probed = require_probed_model(space)
     if probed.sensitivity.imatrix_sha256 != made.imatrix_sha256:

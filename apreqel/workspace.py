@@ -25,7 +25,7 @@ from apreqel.progress import Progress, silent
 
 IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE = "imatrix.gguf", "plan.json", "verification.json"
 # What is replaced without being read first, in a folder that is known to be apreqel's by its hash.
-_HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)
+HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)
 
 # Folders that hold files of a step, and go with it.
 _SCRATCH = re.compile(r"(scratch|text|measured|compare|profile|threads|rounded)-[a-z0-9_]{8,}")
@@ -75,7 +75,7 @@ def opened(
     _require_ours(folder)
     last_words.note(model=model, folder=folder.absolute())
     with _swept(folder):
-        sha256 = artifacts.model_sha256(inventory.files, folder / _HASH_FILE)
+        sha256 = artifacts.model_sha256(inventory.files, folder / HASH_FILE)
         yield Workspace(
             inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
         )
@@ -102,6 +102,6 @@ def _require_ours(folder: Path) -> None:
     names: set[str] = set()
     with suppress(OSError):  # not there yet; or closed, as its lock will tell
         names = {path.name for path in folder.iterdir()}
-    if _HASH_FILE not in names and (theirs := sorted(names.intersection(_REPLACED))):
+    if HASH_FILE not in names and (theirs := sorted(names.intersection(_REPLACED))):
         path = folder / theirs[0]
         raise OutputError(f"{path}: is not apreqel's, and would be lost; use another --workdir")

@@ -9,14 +9,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 from families import FAMILIES, build_family
-from support import apreqel, divergences_of_files, expect, texts, uniform, workspace
+from support import (
+    LITTLE,
+    SHORT,
+    apreqel,
+    divergences_of_files,
+    expect,
+    tensor_bytes,
+    texts,
+    uniform,
+    workspace,
+)
 
-from apreqel import quantize
+from apreqel import pipeline, quantize
+from apreqel.errors import OutputError
+from apreqel.evaluate.presets import build_preset
 from apreqel.llama.engine import LoadedModel
 from apreqel.model.inventory import read_inventory
+from apreqel.model.qtypes import lookup
 from apreqel.plan.plan import Plan
 from apreqel.sensitivity import equalise
-from apreqel.sensitivity.equalise import equalised_model, sites
+from apreqel.sensitivity import measure as sensitivity
+from apreqel.sensitivity.equalise import equalised_model, imatrix_of_original, sites
 from apreqel.sensitivity.texts import TokenSet, split_for_calibration
 from apreqel.workspace import Workspace
 
@@ -118,6 +132,48 @@ def test_it_is_written_once_and_again_if_it_was_changed(
     assert "differs from itself by" in equalised_model(space, texts())[1]
 
 
+def test_files_of_others_stay(llama_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "w" / "equalised"
+    folder.mkdir(parents=True)
+    model = Path(shutil.copy(llama_model, folder / "m.gguf"))
+    space = workspace(read_inventory(model), tmp_path / "w")
+    with pytest.raises(OutputError, match="is not apreqel's, and would be lost"):
+        equalised_model(space, texts())
+    assert model.read_bytes() == llama_model.read_bytes()
+    # One that is rescaled is not rescaled again.
+    done = written(workspace(read_inventory(llama_model), tmp_path / "other"))
+    again = workspace(read_inventory(done), tmp_path / "third")
+    assert equalised_model(again, texts()) == (None, "its channels are rescaled already")
+
+
+def test_stock_is_that_of_the_model_as_it_was_given(llama_model: Path, tmp_path: Path) -> None:
+    model = with_outliers(llama_model, tmp_path / "m.gguf")
+    given = workspace(read_inventory(model), tmp_path / "w")
+    with pipeline.equalised(given, True) as space:
+        assert space.given is given.inventory and space.model != model
+        probed = sensitivity.measure(space, texts=texts(), settings=SHORT, effort=LITTLE)
+    plain = sensitivity.measure(given, texts=texts(), settings=SHORT, effort=LITTLE)
+    found = imatrix_of_original(space, probed.imatrix)
+    for name in plain.imatrix.entries:
+        ours, theirs = found.weights(name), plain.imatrix.weights(name)
+        np.testing.assert_allclose(ours, theirs, rtol=0.05)
+    rescaled = build_preset(space, "Q4_K_M", probed.imatrix)
+    expected = build_preset(given, "Q4_K_M", found)
+    assert tensor_bytes(rescaled) == tensor_bytes(expected)
+    # Both are probed now; what was probed last is gone on with.
+    with pipeline.equalised(given) as chosen:
+        assert chosen.model == model
+
+
+def test_what_must_stay_in_bf16_is_not_rescaled(llama_model: Path) -> None:
+    inventory = read_inventory(llama_model)
+    norm = inventory.by_name["blk.0.ffn_norm.weight"]
+    coarse = replace(norm, qtype=lookup("BF16"))
+    tensors = tuple(coarse if t is norm else t for t in inventory.tensors)
+    writers = {s.writer for s in sites(replace(inventory, tensors=tensors))}
+    assert norm.name not in writers and "blk.0.attn_norm.weight" in writers
+
+
 def test_the_whole_way(llama_model: Path, tmp_path: Path) -> None:
     model = with_outliers(llama_model, tmp_path / "m.gguf")
     expect(2, "--prefer 'x'", "plan", model, "--prefer", "x")
@@ -146,5 +202,5 @@ def test_the_whole_way(llama_model: Path, tmp_path: Path) -> None:
     assert (folder / "sensitivity.json").exists()
     shutil.rmtree(folder / "equalised")
     assert apreqel(*command).returncode == 0 and not (folder / "equalised").exists()
-    expect(2, "cannot be equalised: it is quantised already", "probe", output, "--equalise",
+    expect(2, "cannot be equalised: its channels are rescaled already", "probe", output, "--equalise",
            "--allow-requantize", "-t", "2")  # fmt: skip

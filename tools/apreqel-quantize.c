@@ -29,7 +29,8 @@
  *
  * Workers take blocks of rows: read, widen to float32, quantise, validate, write. A block never
  * spans two matrices, and ggml quantises each row by itself, so the bytes do not depend on the
- * number of threads. Memory is bounded by the block size, whatever the model.
+ * number of threads. Memory is bounded by the block size, whatever the model; second moments are
+ * mapped, those of about one tensor at a time in use.
  *
  * Progress and the result are JSON lines on stdout. Exit status: 0 done, or one of enum failure. A
  * failure's last line is {"event":"error","code":STATUS,"message":TEXT}, with the fields "tensor",
@@ -76,9 +77,12 @@ enum failure {
 
 /* Weights in a block: 2 MiB of float32, so that a worker's buffers take about 5 MiB. */
 #define BLOCK_WEIGHTS (1 << 19)
+/* A block that is rounded by second moments: products of a pass over it, and its fewest rows. */
+#define ROUNDING_PRODUCTS (1LL << 30)
+#define ROUNDING_ROWS 16
 #define MAX_THREADS 256
 #define MAX_SOURCES 100000
-#define MAX_MOMENTS (1 << 20)
+#define MAX_LENGTH (1 << 20)
 #define MAX_LINE (64 << 10)
 /* Whatever is at its name is neither overwritten nor, a symlink, followed. */
 #define NEW_FILE (O_RDWR | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC)
@@ -347,7 +351,7 @@ static int parse_source(struct job *job, char *text, int64_t line) {
 
 static int parse_moments(struct job *job, char *text, int64_t line) {
     int64_t length;
-    if (job->n_moments >= MAX_SOURCES || !take_number(&text, 1, MAX_MOMENTS, &length) || !*text) {
+    if (job->n_moments >= MAX_SOURCES || !take_number(&text, 1, MAX_LENGTH, &length) || !*text) {
         return fail(job, FAIL_JOB, at_line(line), "not second moments");
     }
     struct moments *grown = realloc(job->moments, (size_t)(job->n_moments + 1) * sizeof *grown);
@@ -563,6 +567,11 @@ static int check_tensor(struct job *job, struct tensor *t, int64_t *written_to) 
         return fail(job, FAIL_JOB, in_tensor(t), "its second moments are not for it");
     }
     int64_t rows = BLOCK_WEIGHTS / t->row_length;
+    if (t->moments >= 0) { /* takes time by the square of their length; a stop has to wait for it */
+        int64_t most = ROUNDING_PRODUCTS / t->row_length / t->row_length;
+        most = most < ROUNDING_ROWS ? ROUNDING_ROWS : most;
+        rows = rows < most ? rows : most;
+    }
     t->block_rows = rows < 1 ? 1 : rows < t->matrix_rows ? rows : t->matrix_rows;
     t->first_block = job->n_blocks;
     int64_t per_matrix = (t->matrix_rows - 1) / t->block_rows + 1;

@@ -10,14 +10,16 @@ from apreqel import artifacts
 from apreqel.llama.library import build_info
 from apreqel.llama.stock import stock_quantize
 from apreqel.model.imatrix import Imatrix
+from apreqel.sensitivity.equalise import imatrix_of_original
 from apreqel.workspace import Workspace
 
 
 def build_preset(space: Workspace, preset: str, imatrix: Imatrix) -> Path:
-    """The stock preset's file, made by llama.cpp itself with the same imatrix, and kept.
+    """The stock preset's file of the model as it was given, made by llama.cpp, and kept.
 
     Its name tells what it was made from; one of the same preset made from anything else goes.
     """
+    imatrix = imatrix_of_original(space, imatrix)
     weights = {name: w for name in imatrix.entries if (w := imatrix.weights(name)) is not None}
     made_from = hashlib.sha256(f"{space.sha256} {build_info()}".encode())
     for name, values in sorted(weights.items()):
@@ -32,7 +34,7 @@ def build_preset(space: Workspace, preset: str, imatrix: Imatrix) -> Path:
     artifacts.require_space(space.folder, space.inventory.size_bytes, f"the stock {preset} file")
     with artifacts.new_file(path) as part:
         stock_quantize(
-            space.model,
+            space.given.files[0],
             part,
             preset,
             imatrix=weights,

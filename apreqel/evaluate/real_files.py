@@ -21,6 +21,7 @@ from apreqel.estimates import Estimate
 from apreqel.evaluate.text_run import OnText, on_text
 from apreqel.quantize import quantize_model
 from apreqel.sensitivity.damage import MeasuredFile
+from apreqel.sensitivity.equalise import imatrix_of_original
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.metrics import estimate, ratio_interval
 from apreqel.sensitivity.rounding import VERSION, Rounding
@@ -123,11 +124,14 @@ class FileBench(AbstractContextManager["FileBench"]):
         with TemporaryDirectory(prefix="measured-", dir=space.folder) as place:
             path = Path(place) / "file.gguf"
             space.progress(f"trying a real file: {label}", 0, 1)
+            source, imatrix = space.inventory, self._probed.imatrix
+            if label.startswith("stock "):  # as llama-quantize would make it
+                source, imatrix = space.given, imatrix_of_original(space, imatrix)
             quantize_model(
-                space.inventory,
+                source,
                 types,
                 path,
-                imatrix=self._probed.imatrix,
+                imatrix=imatrix,
                 n_threads=space.n_threads,
                 allow_requantize=True,
                 moments=rounding.moments(types) if rounding else None,

@@ -124,8 +124,8 @@ def _rounding_notes(planner: Planner) -> Iterator[str]:
     left = [name for name, ratios in planner.damage.rounding_ratios.items() if not ratios]
     if left:
         yield (
-            f"{len(left)} tensors (first {left[0]}) are rounded by ggml alone: nothing reads them, "
-            "or their activations are not finite"
+            f"{len(left)} tensors (first {left[0]}) are rounded by ggml alone: they are only "
+            "looked up, or never run, or their activations are not finite"
         )
 
 
@@ -135,7 +135,8 @@ def _measurement_notes(planner: Planner, types: Mapping[str, str]) -> Iterator[s
     if planner.probed.space.original:
         yield (
             "channels are rescaled, the model's function stays the same; LoRA adapters made for "
-            "the original do not fit (--no-equalise)"
+            f"the original do not fit, and the lists of types are for {planner.probed.space.model} "
+            "(--no-equalise)"
         )
     damages = (planner.damage.damage(name, types.get(name, "")) for name in found.tensors)
     if unresolved := sum(not damage.is_resolved for damage in damages):

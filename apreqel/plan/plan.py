@@ -86,6 +86,10 @@ class Plan(Record):
     swaps: Sequence[Swap] = ()  # what was probed around it
     is_rounded: bool = False  # by second moments when it is written; else as ggml does
 
+    @property
+    def is_equalised(self) -> bool:
+        return bool(self.original_files)
+
     @cached_property
     def counts(self) -> dict[str, int]:
         """How many tensors have each type, most frequent first."""

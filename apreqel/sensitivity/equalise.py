@@ -10,21 +10,24 @@ an ordinary GGUF, and is measured against the original before it is kept.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
 from apreqel.arrays import Doubles, Floats, Reals, Tokens, Whole
-from apreqel.artifacts import Provenance, Record, require_space
+from apreqel.artifacts import Provenance, Record, model_sha256, require_space, write_atomically
+from apreqel.errors import EngineError, OutputError
 from apreqel.llama.engine import LoadedModel
-from apreqel.llama.library import build_info
 from apreqel.llama.quants import fake_quantize
 from apreqel.model.gguf_header import STRING, encode_kv
+from apreqel.model.imatrix import Imatrix
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import QuantType, lookup, nearest
 from apreqel.quantize import quantize_model
@@ -33,7 +36,7 @@ from apreqel.sensitivity.measurement import SENSITIVITY_FILE
 from apreqel.sensitivity.metrics import Reference, compare
 from apreqel.sensitivity.output_errors import BIAS_COUNTS, rounded, sample, squared_errors
 from apreqel.sensitivity.texts import Text, TokenSet, split_for_calibration
-from apreqel.workspace import Workspace
+from apreqel.workspace import HASH_FILE, Workspace, sweep
 
 # s = (root mean square of the activations)^a / (of the weights' columns)^b.
 _EXPONENTS = ((0.15, 0.25), (0.25, 0.25), (0.25, 0.5), (0.35, 0.25), (0.5, 0.25), (0.5, 0.5))
@@ -46,6 +49,8 @@ _FIRST_TOKENS = 8
 _LARGEST = 64.0
 # What a model may differ from itself rewritten, in nats: on average, and at any position.
 MEAN_NATS, MOST_NATS = 1e-5, 1e-3
+_WRONG = 1e9  # stands for NaN
+_SCALES_FILE = "scales.npz"  # by writer, what its channels were divided by
 # In the model's work folder, the work folder of the equalised one.
 _FOLDER = "equalised"
 # Raised whenever another file comes of the same model.
@@ -79,20 +84,28 @@ class Site:
 def sites(inventory: Inventory) -> list[Site]:
     """Of the layers whose wiring is known by the roles of their tensors; of others none."""
     found: list[Site] = []
+    needed = ("attn_norm", "ffn_norm", "attn_output", *_QKV)
     for layer in range(inventory.n_layers):
         start = f"blk.{layer}."
         names = {t.name for t in inventory.tensors if t.name.startswith(start)}
         roles = {name.removeprefix(start).rpartition(".")[0] for name in names}
-        if roles <= _KNOWN and {"attn_norm", "ffn_norm", "attn_output", *_QKV} <= roles:
+        if roles <= _KNOWN and names.issuperset(f"{start}{role}.weight" for role in needed):
             found += _sites_of(inventory, start, names)
-    return found
+    return [site for site in found if _can_be_written(inventory, site)]
+
+
+def _can_be_written(inventory: Inventory, site: Site) -> bool:
+    """What must stay in its type can be rescaled in F32 and F16 only; BF16 is too coarse."""
+    tensors = [inventory.by_name[n] for n in (site.writer, site.bias, *site.readers) if n]
+    stay = [t.qtype.name for t in tensors if t.keep_reason is not None]
+    return bool(site.readers) and {"F32", "F16"}.issuperset(stay)
 
 
 def _sites_of(inventory: Inventory, start: str, names: set[str]) -> Iterator[Site]:
     def site(writer: str, roles: Sequence[str], channels: Whole | None = None) -> Site:
         readers = [f"{start}{role}.weight" for role in roles]
         bias = f"{start}{writer}.bias"
-        n = inventory.by_name[readers[0]].row_length
+        n = inventory.by_name[readers[0]].row_length if readers else 0
         return Site(
             f"{start}{writer}.weight",
             tuple(name for name in readers if name in names),
@@ -124,12 +137,12 @@ class Equalised(Record):
     n_sites: int
     mean_nats: float
     most_nats: float
-    file_marks: Sequence[int]  # bytes and time of the file; none of one that differed too much
+    file_sha256: str  # empty where none is kept: it differed too much, or nothing was gained
 
     @property
     def why_not(self) -> str:
         """Why there is no such file; empty where there is."""
-        if self.file_marks:
+        if self.file_sha256:
             return ""
         if not self.n_rescaled:
             return "rescaling gains nothing"
@@ -138,6 +151,8 @@ class Equalised(Record):
 
 def why_not(inventory: Inventory) -> str:
     """Why a model is not to be equalised, as far as its header tells; else empty."""
+    if inventory.headers[0].get("apreqel.equalised"):
+        return "its channels are rescaled already"
     if inventory.is_quantized_source:
         return "it is quantised already"
     if not sites(inventory):
@@ -145,9 +160,11 @@ def why_not(inventory: Inventory) -> str:
     return ""
 
 
-def is_probed(folder: Path, equalised: bool) -> bool:
-    """Whether a model's work folder holds a probed model, of it as it is or equalised."""
-    return (folder / (_FOLDER if equalised else "") / SENSITIVITY_FILE).exists()
+def probed_at(folder: Path, equalised: bool) -> float:
+    """When a model, as it is or equalised, was last probed in its work folder; 0 for never."""
+    with suppress(FileNotFoundError):
+        return (folder / (_FOLDER if equalised else "") / SENSITIVITY_FILE).stat().st_mtime
+    return 0.0
 
 
 def equalised_model(space: Workspace, texts: Sequence[Text]) -> tuple[Path | None, str]:
@@ -160,13 +177,37 @@ def equalised_model(space: Workspace, texts: Sequence[Text]) -> tuple[Path | Non
         return None, reason
     folder = space.folder / _FOLDER
     path, record = folder / space.model.name, folder / "equalised.json"
-    facts = Provenance(space.sha256, build_info(), settings={"version": VERSION})
+    if path.exists() and not (record.exists() or (folder / _SCALES_FILE).exists()):
+        raise OutputError(f"{path}: is not apreqel's, and would be lost; use another --workdir")
+    sweep(folder)  # what a run that was killed left
+    # On another machine, or by another llama.cpp, the file stays good.
+    facts = Provenance(space.sha256, settings={"version": VERSION})
     known = Equalised.load_same(record, facts)
-    if known is None or (known.file_marks and known.file_marks != _marks(path)):
+    is_whole = (folder / _SCALES_FILE).exists() and known and known.file_sha256 == _sha256(path)
+    if known is None or (known.file_sha256 and not is_whole):
         path.unlink(missing_ok=True)
         known = _equalised(space, path, texts, facts)
         known.save(record)
     return (None, known.why_not) if known.why_not else (path, "")
+
+
+def _sha256(path: Path) -> str:
+    return model_sha256((path,), path.parent / HASH_FILE) if path.exists() else ""
+
+
+def imatrix_of_original(space: Workspace, imatrix: Imatrix) -> Imatrix:
+    """The imatrix of the model as the user has it, from that of the rescaled one."""
+    if space.original is None:
+        return imatrix
+    entries = dict(imatrix.entries)
+    with np.load(space.folder / _SCALES_FILE) as scales:
+        for site in sites(space.original):
+            for name in site.readers if site.writer in scales else ():
+                if name in entries:
+                    squares = np.square(scales[site.writer][site.channels])
+                    sums = (entries[name].sums * squares).astype(np.float32)
+                    entries[name] = replace(entries[name], sums=sums)
+    return replace(imatrix, entries=entries, _cache={})
 
 
 def _equalised(space: Workspace, path: Path, texts: Sequence[Text], facts: Provenance) -> Equalised:
@@ -177,23 +218,19 @@ def _equalised(space: Workspace, path: Path, texts: Sequence[Text], facts: Prove
         split = split_for_calibration(model, texts, fitting_chunks=4, check_chunks=2)
     scales = chosen_scales(space, places, split.fitting)
     if not scales:
-        return Equalised(facts, 0, len(places), 0.0, 0.0, [])
+        return Equalised(facts, 0, len(places), 0.0, 0.0, "")
     with TemporaryDirectory("", "scratch-", path.parent, ignore_cleanup_errors=True) as place:
         part = Path(place) / path.name
         _write(space, part, places, scales)
         most, mean = _difference(space, part, split.check)
         is_same = mean <= MEAN_NATS and most <= MOST_NATS
         if is_same:
+            content, arrays = io.BytesIO(), dict[str, Any](scales)
+            np.savez(content, **arrays)
+            write_atomically(path.parent / _SCALES_FILE, content.getvalue())
             part.replace(path)
-    return Equalised(facts, len(scales), len(places), mean, most, _marks(path) if is_same else [])
-
-
-def _marks(path: Path) -> list[int]:
-    """None of a file that is not there."""
-    with suppress(FileNotFoundError):
-        found = path.stat()
-        return [found.st_size, found.st_mtime_ns]
-    return []
+    sha256 = _sha256(path) if is_same else ""
+    return Equalised(facts, len(scales), len(places), mean, most, sha256)
 
 
 def _types(inventory: Inventory, places: Sequence[Site]) -> dict[str, str]:
@@ -256,7 +293,10 @@ def _difference(space: Workspace, path: Path, text: TokenSet) -> tuple[float, fl
                 parts = [found.copy() for _, found in evaluated(context, text)]
                 logits.append(np.concatenate(parts))
         following = text.next_tokens.reshape(-1)
+        if not np.isfinite(logits[0]).all():
+            raise EngineError(f"{space.model}: gives NaN or Inf logits")
         klds = compare(logits[1], Reference.of(logits[0], pool), following, pool).kld_nats
+        klds = np.nan_to_num(klds, nan=_WRONG, posinf=_WRONG)
     return float(klds.max()), float(klds.mean())
 
 

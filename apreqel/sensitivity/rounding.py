@@ -155,7 +155,8 @@ class Rounding:
         """The tensor whose activations it reads: of several that read the same, one."""
         first = _READS_AS.get(tensor.role, tensor.role)
         name = tensor.name.replace(f".{tensor.role}.", f".{first}.")
-        return name if name in self._inventory.by_name else tensor.name
+        other = self._inventory.by_name.get(name)
+        return name if other and other.row_length == tensor.row_length else tensor.name
 
     def _path(self, tensor: Tensor) -> Path:
         """Float32 [row length, row length]; an empty file for a tensor that stays as it is."""
@@ -246,4 +247,6 @@ class _Moments:
         moments = self.squares / self.n_tokens + (bias_counts - 1) * np.outer(mean, mean)
         damping = _DAMPING * float(np.median(diagonal[diagonal > 0])) / self.n_tokens
         moments[np.diag_indices(len(moments))] += damping + 1e-6 * diagonal / self.n_tokens
-        return moments.astype(np.float32).tobytes()
+        found = moments.astype(np.float32)
+        sound = np.isfinite(found).all() and np.diag(found).min() > np.finfo(np.float32).tiny
+        return found.tobytes() if sound else b""
