@@ -202,5 +202,5 @@ def test_the_whole_way(llama_model: Path, tmp_path: Path) -> None:
     assert (folder / "sensitivity.json").exists()
     shutil.rmtree(folder / "equalised")
     assert apreqel(*command).returncode == 0 and not (folder / "equalised").exists()
-    expect(2, "cannot be equalised: its channels are rescaled already", "probe", output, "--equalise",
-           "--allow-requantize", "-t", "2")  # fmt: skip
+    message = "cannot be equalised: its channels are rescaled already"
+    expect(2, message, "probe", output, "--equalise", "--allow-requantize", "-t", "2")
