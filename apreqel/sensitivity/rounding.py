@@ -22,7 +22,7 @@ import numpy as np
 from apreqel.arrays import Doubles, Floats, Tokens
 from apreqel.artifacts import FileMarks, Record, lock, require_space, write_atomically
 from apreqel.device.machine import detect
-from apreqel.errors import ArtifactError
+from apreqel.errors import ArtifactError, EngineError
 from apreqel.llama.engine import LoadedModel
 from apreqel.llama.quants import fake_quantize
 from apreqel.model.inventory import Tensor
@@ -144,10 +144,15 @@ class Rounding:
             return float(squared_errors((weights - rows) @ x.T, bias_counts).sum())
 
         before = {q.name: wrong(fake_quantize(weights, q, importance)) for q in qtypes}
-        return {
+        found = {
             q.name: wrong(after[q.name]) / before[q.name] if before[q.name] > 0 else 1.0
             for q in qtypes
         }
+        if bad := [type_name for type_name, ratio in found.items() if not np.isfinite(ratio)]:
+            raise EngineError(
+                f"{name}: rounded to {bad[0]} its outputs are not finite; use --plain, and report it"
+            )
+        return found
 
     # -- second moments --
 
