@@ -150,7 +150,7 @@ class Rounding:
         }
         if bad := [type_name for type_name, ratio in found.items() if not np.isfinite(ratio)]:
             raise EngineError(
-                f"{name}: rounded to {bad[0]} its outputs are not finite; use --plain, and report it"
+                f"{name}: rounded to {bad[0]} its outputs are not finite; use --plain"
             )
         return found
 
