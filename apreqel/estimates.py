@@ -39,10 +39,11 @@ class Range:
 
     @staticmethod
     def around(value: float, relative_error: float) -> Range:
-        spread = Z95 * relative_error
-        return Range(value, value * max(0.0, 1 - spread), value * (1 + spread))
+        """Of a positive value, by the deviation of its logarithm: it stays positive, finite too."""
+        factor = math.exp(min(Z95 * relative_error, 50.0))
+        return Range(value, value / factor, value * factor)
 
     @property
     def inverse(self) -> Range:
         """Tokens/s of seconds per token."""
-        return Range(1 / self.value, 1 / self.high, 1 / self.low if self.low > 0 else math.inf)
+        return Range(1 / self.value, 1 / self.high, 1 / self.low)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from support import divergences, log_probabilities
 
+from apreqel.estimates import Range
 from apreqel.sensitivity.metrics import Comparison, Reference, compare, estimate, ratio_interval
 
 
@@ -96,3 +98,13 @@ def test_paired_ratio_is_tighter_than_unpaired() -> None:
     ratio, low, high = ratio_interval(ours, theirs, 40)
     assert low < 0.5 < high and high - low < 0.1
     assert ratio == pytest.approx(ours.mean() / theirs.mean())
+
+
+@pytest.mark.parametrize("relative_error", [0.01, 0.51, 40.0])
+def test_speeds_of_a_noisy_device_have_an_interval_that_ends(relative_error: float) -> None:
+    """Readings that spread by half let infinite tokens/s into a plan, which could not be kept."""
+    speed = Range.around(0.02, relative_error).inverse
+    assert 0 < speed.low < speed.value < speed.high < math.inf
+    assert speed.value == pytest.approx(50)
+    if relative_error == 0.01:
+        assert (speed.low, speed.high) == pytest.approx((49, 51), abs=0.1)
