@@ -244,10 +244,11 @@ def verify(
     from apreqel.model.inventory import find_model
 
     expected, original, folder = _expected(gguf, model, plan)
-    wanted = expected.is_equalised if expected else None
     with (
         _workspace(original, workdir or folder, threads, True, quiet) as given,
-        pipeline.equalised(given, "as probed" if wanted is None else wanted) as space,
+        pipeline.equalised(
+            given, expected.is_equalised if expected else pipeline.was_equalised(given)
+        ) as space,
     ):
         settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
         trial = pipeline.Trial(_verify_text(verify_text), against or [], settings)
@@ -276,7 +277,7 @@ def compare(
 
     with (
         _workspace(model, workdir, threads, allow_requantize, quiet) as given,
-        pipeline.equalised(given, "as probed") as space,
+        pipeline.equalised(given, pipeline.was_equalised(given)) as space,
     ):
         report = compare_strategies(
             space,
@@ -334,11 +335,7 @@ def auto(
 
 
 def _workspace(
-    model: str,
-    workdir: Path | None,
-    threads: int | None,
-    allow_requantize: bool,
-    quiet: bool,
+    model: str, workdir: Path | None, threads: int | None, allow_requantize: bool, quiet: bool
 ) -> AbstractContextManager[Workspace]:
     from apreqel import pipeline
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from apreqel import artifacts, last_words, quantize, workspace
 from apreqel.artifacts import Provenance
@@ -48,7 +47,7 @@ from apreqel.sensitivity.measure import ProbeSettings, measure
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.sensitivity.rounding import Rounding
 from apreqel.sensitivity.texts import Text, bundled_texts
-from apreqel.workspace import PLAN_FILE, VERIFICATION_FILE, Workspace
+from apreqel.workspace import HASH_FILE, PLAN_FILE, VERIFICATION_FILE, Workspace
 
 # Plans along a ladder that probing tries as real files.
 _LADDER_FILES = {"quick": 0, "normal": 4, "thorough": 6}
@@ -75,24 +74,25 @@ def open_workspace(
         yield with_threads(space, n_threads)
 
 
+def was_equalised(space: Workspace) -> bool:
+    """Whether the model was last probed with its channels rescaled."""
+    return probed_at(space.folder, True) > probed_at(space.folder, False)
+
+
 @contextmanager
-def equalised(
-    space: Workspace, wanted: bool | Literal["as probed"] | None = None
-) -> Iterator[Workspace]:
+def equalised(space: Workspace, wanted: bool | None = None) -> Iterator[Workspace]:
     """Of the same model with its channels rescaled, in a folder within; or `space` itself.
 
-    None: where that can be done, unless it was last probed as it is; "as probed": where it was
-    last probed so. Raises what `equalised_model` raises, UsageError where it is wanted and cannot
-    be done.
+    None: where that can be done, unless it was last probed as it is. Raises what `equalised_model`
+    raises, UsageError where it is wanted and cannot be done.
     """
-    there, here = (probed_at(space.folder, kind) for kind in (True, False))
-    as_it_is = {None: here > there, "as probed": there <= here, True: False, False: True}
-    if as_it_is[wanted]:
+    is_kept = wanted is None and probed_at(space.folder, False) and not was_equalised(space)
+    if wanted is False or is_kept:
         yield space
         return
-    path, reason = equalised_model(space, bundled_texts())
+    path, reason = equalised_model(space)
     if path is None:
-        if wanted is True:
+        if wanted:
             raise UsageError(f"{space.model}: cannot be equalised: {reason}")
         yield space
         return
@@ -307,7 +307,7 @@ def run_plan(
     """Quantise as planned in `path`, with the imatrix of the folder it was made in."""
     made, inventory = load_plan(path)
     folder, expected = Path(made.workdir), made.provenance.model_sha256
-    digest = artifacts.model_sha256(inventory.files, folder / "model-hash.json")
+    digest = artifacts.model_sha256(inventory.files, folder / HASH_FILE)
     if digest != expected:
         raise ArtifactError(
             f"{path}: made for the model with SHA-256 {expected[:12]}, {inventory.files[0]} now "

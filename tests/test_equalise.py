@@ -63,7 +63,7 @@ def check_text(model: Path) -> TokenSet:
 
 
 def written(space: Workspace) -> Path:
-    path, reason = equalised_model(space, texts())
+    path, reason = equalised_model(space)
     assert path is not None, reason
     return path
 
@@ -87,7 +87,7 @@ def test_every_family_keeps_its_function_or_is_left_alone(
 ) -> None:
     model = build_family(tmp_path / "m.gguf", name)
     space = workspace(read_inventory(model), tmp_path)
-    path, reason = equalised_model(space, texts())
+    path, reason = equalised_model(space)
     if not sites(space.inventory):
         assert path is None and "are not wired in a way that is known" in reason
         return
@@ -126,10 +126,10 @@ def test_it_is_written_once_and_again_if_it_was_changed(
     assert written(space).read_bytes() == whole
     path.unlink()
     monkeypatch.setattr(equalise, "MEAN_NATS", -1.0)
-    assert "differs from itself by" in equalised_model(space, texts())[1]
+    assert "differs from itself by" in equalised_model(space)[1]
     assert not path.exists() and not list(path.parent.glob("scratch-*"))
     monkeypatch.setattr(equalise, "chosen_scales", lambda *_: pytest.fail("tried again"))
-    assert "differs from itself by" in equalised_model(space, texts())[1]
+    assert "differs from itself by" in equalised_model(space)[1]
 
 
 def test_files_of_others_stay(llama_model: Path, tmp_path: Path) -> None:
@@ -138,12 +138,12 @@ def test_files_of_others_stay(llama_model: Path, tmp_path: Path) -> None:
     model = Path(shutil.copy(llama_model, folder / "m.gguf"))
     space = workspace(read_inventory(model), tmp_path / "w")
     with pytest.raises(OutputError, match="is not apreqel's, and would be lost"):
-        equalised_model(space, texts())
+        equalised_model(space)
     assert model.read_bytes() == llama_model.read_bytes()
     # One that is rescaled is not rescaled again.
     done = written(workspace(read_inventory(llama_model), tmp_path / "other"))
     again = workspace(read_inventory(done), tmp_path / "third")
-    assert equalised_model(again, texts()) == (None, "its channels are rescaled already")
+    assert equalised_model(again) == (None, "its channels are rescaled already")
 
 
 def test_stock_is_that_of_the_model_as_it_was_given(llama_model: Path, tmp_path: Path) -> None:

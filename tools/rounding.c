@@ -75,24 +75,22 @@ INLINE float level(const struct layout *layout, int code) {
     return layout->levels ? layout->levels[code] : (float)code;
 }
 
-/* The code whose level is nearest. */
-INLINE int nearest_code(const struct layout *layout, float wanted) {
-    int low = layout->low, high = layout->high;
-    if (!layout->levels) {
-        wanted = wanted < high ? wanted : (float)high;
-        return wanted > low ? (int)(wanted - low + 0.5f) + low : low;
-    }
-    int code = low;
-    while (code < high && 2 * wanted > layout->levels[code] + layout->levels[code + 1]) {
-        code++;
-    }
-    return code;
-}
-
 /* The whole number in [least, most] nearest to `value`. */
 INLINE int nearest_whole(float value, int least, int most) {
     value = value < most ? value : (float)most;
     return value > least ? (int)(value - least + 0.5f) + least : least;
+}
+
+/* The code whose level is nearest. */
+INLINE int nearest_code(const struct layout *layout, float wanted) {
+    if (!layout->levels) {
+        return nearest_whole(wanted, layout->low, layout->high);
+    }
+    int code = layout->low;
+    while (code < layout->high && 2 * wanted > layout->levels[code] + layout->levels[code + 1]) {
+        code++;
+    }
+    return code;
 }
 
 INLINE void move(struct place *p, int column, float to) {

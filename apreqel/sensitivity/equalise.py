@@ -31,11 +31,24 @@ from apreqel.model.imatrix import Imatrix
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import QuantType, lookup, nearest
 from apreqel.quantize import quantize_model
-from apreqel.sensitivity.bench import context_for, evaluated, float_rows, read_weights
+from apreqel.sensitivity.bench import (
+    ReferenceRun,
+    compared,
+    context_for,
+    evaluated,
+    float_rows,
+    read_weights,
+)
 from apreqel.sensitivity.measurement import SENSITIVITY_FILE
-from apreqel.sensitivity.metrics import Reference, compare
-from apreqel.sensitivity.output_errors import BIAS_COUNTS, rounded, sample, squared_errors
-from apreqel.sensitivity.texts import Text, TokenSet, split_for_calibration
+from apreqel.sensitivity.metrics import Reference
+from apreqel.sensitivity.output_errors import (
+    bias_weight,
+    candidate_types,
+    rounded,
+    sample,
+    squared_errors,
+)
+from apreqel.sensitivity.texts import TokenSet, bundled_texts, split_for_calibration
 from apreqel.workspace import HASH_FILE, Workspace, sweep
 
 # s = (root mean square of the activations)^a / (of the weights' columns)^b.
@@ -167,11 +180,10 @@ def probed_at(folder: Path, equalised: bool) -> float:
     return 0.0
 
 
-def equalised_model(space: Workspace, texts: Sequence[Text]) -> tuple[Path | None, str]:
+def equalised_model(space: Workspace) -> tuple[Path | None, str]:
     """The model with its channels rescaled, in its work folder; written where it is not there.
 
-    Or None, and why. Raises CalibrationError where the texts are too short, OutputError where there
-    is no room, and what `quantize_model` raises.
+    Or None, and why. Raises OutputError where there is no room, and what `quantize_model` raises.
     """
     if reason := why_not(space.inventory):
         return None, reason
@@ -186,7 +198,7 @@ def equalised_model(space: Workspace, texts: Sequence[Text]) -> tuple[Path | Non
     is_whole = (folder / _SCALES_FILE).exists() and known and known.file_sha256 == _sha256(path)
     if known is None or (known.file_sha256 and not is_whole):
         path.unlink(missing_ok=True)
-        known = _equalised(space, path, texts, facts)
+        known = _equalised(space, path, facts)
         known.save(record)
     return (None, known.why_not) if known.why_not else (path, "")
 
@@ -210,12 +222,12 @@ def imatrix_of_original(space: Workspace, imatrix: Imatrix) -> Imatrix:
     return replace(imatrix, entries=entries, _cache={})
 
 
-def _equalised(space: Workspace, path: Path, texts: Sequence[Text], facts: Provenance) -> Equalised:
+def _equalised(space: Workspace, path: Path, facts: Provenance) -> Equalised:
     places = sites(space.inventory)
     n_bytes = space.inventory.output_size(_types(space.inventory, places))
     require_space(path.parent, n_bytes, "the model with its channels rescaled (--no-equalise)")
     with LoadedModel(space.model, simulated=True) as model:
-        split = split_for_calibration(model, texts, fitting_chunks=4, check_chunks=2)
+        split = split_for_calibration(model, bundled_texts(), fitting_chunks=4, check_chunks=2)
     scales = chosen_scales(space, places, split.fitting)
     if not scales:
         return Equalised(facts, 0, len(places), 0.0, 0.0, "")
@@ -264,10 +276,7 @@ def _rescale(path: Path, places: Sequence[Site], scales: Mapping[str, Floats]) -
 
     def multiply(name: str, by: Reals) -> None:
         rows = float_rows(stored, copy.by_name[name])
-        if len(rows) > 1 and rows.shape[1] != 1:
-            rows[:] = (rows.astype(np.float32) * by).astype(rows.dtype)
-        else:
-            rows[:] = rows * by.reshape(rows.shape)
+        rows[:] = (rows.astype(np.float32) * by).astype(rows.dtype)
 
     for site in places:
         s = scales.get(site.writer)
@@ -284,19 +293,18 @@ def _rescale(path: Path, places: Sequence[Site], scales: Mapping[str, Floats]) -
 
 def _difference(space: Workspace, path: Path, text: TokenSet) -> tuple[float, float]:
     """(largest, mean) KL divergence of the file from the model, in nats."""
-    logits: list[Floats] = []
     n_threads = space.n_threads
     with ThreadPoolExecutor(n_threads) as pool:
-        for step, file in enumerate((space.model, path)):
-            space.progress("comparing with the original", step, 2)
-            with LoadedModel(file) as model, context_for(model, text, n_threads) as context:
-                parts = [found.copy() for _, found in evaluated(context, text)]
-                logits.append(np.concatenate(parts))
-        following = text.next_tokens.reshape(-1)
-        if not np.isfinite(logits[0]).all():
+        space.progress("comparing with the original", 0, 2)
+        with LoadedModel(space.model) as model, context_for(model, text, n_threads) as context:
+            logits = np.concatenate([found.copy() for _, found in evaluated(context, text)])
+        if not np.isfinite(logits).all():
             raise EngineError(f"{space.model}: gives NaN or Inf logits")
-        klds = compare(logits[1], Reference.of(logits[0], pool), following, pool).kld_nats
-        klds = np.nan_to_num(klds, nan=_WRONG, posinf=_WRONG)
+        reference = ReferenceRun(text, Reference.of(logits, pool))
+        space.progress("comparing with the original", 1, 2)
+        with LoadedModel(path) as model, context_for(model, text, n_threads) as context:
+            klds = compared(context, reference, pool).kld_nats
+    klds = np.nan_to_num(klds, nan=_WRONG, posinf=_WRONG)
     return float(klds.max()), float(klds.mean())
 
 
@@ -307,6 +315,7 @@ def chosen_scales(space: Workspace, places: Sequence[Site], text: TokenSet) -> d
     """By writer, the scales [channels] of the sites where they help."""
     by_reader = {s.readers[0]: s for s in places}
     left, found = dict(by_reader), dict[str, Floats]()
+    candidates = candidate_types(space.inventory, None)
 
     def listen(name: str, values: Floats, experts: Tokens | None) -> None:
         site = left.pop(name, None) if experts is None else None
@@ -314,7 +323,7 @@ def chosen_scales(space: Workspace, places: Sequence[Site], text: TokenSet) -> d
             space.progress("choosing scales", len(by_reader) - len(left), len(by_reader))
             x = values.reshape(-1, values.shape[-1])
             x = x[np.arange(len(x)) % text.n_ctx >= _FIRST_TOKENS]
-            scales = _best_scales(space.inventory, site, x, pool)
+            scales = _best_scales(space.inventory, site, candidates, x, pool)
             if scales is not None:
                 found[site.writer] = scales
 
@@ -330,7 +339,11 @@ def chosen_scales(space: Workspace, places: Sequence[Site], text: TokenSet) -> d
 
 
 def _best_scales(
-    inventory: Inventory, site: Site, x: Floats, pool: ThreadPoolExecutor
+    inventory: Inventory,
+    site: Site,
+    candidates: Mapping[str, Sequence[QuantType]],
+    x: Floats,
+    pool: ThreadPoolExecutor,
 ) -> Floats | None:
     """None where nothing gains enough."""
     random = np.random.default_rng(0)
@@ -341,7 +354,9 @@ def _best_scales(
     for name in site.readers:
         tensor = inventory.by_name[name]
         rows = read_weights(inventory, name, sample(random, tensor.n_rows, _ROWS))
-        readers.append(_Reader(tensor.role, rows, _qtypes(tensor.legal_types)))
+        names = [q.name for q in candidates.get(name, ())]
+        qtypes = [lookup(nearest(names, bits)) for bits in _BITS] if names else []
+        readers.append(_Reader(tensor.role, rows, qtypes))
     columns = np.concatenate([r.weights for r in readers])
     weights = np.square(columns, dtype=np.float64).mean(axis=0)
     n = int(site.channels.max()) + 1
@@ -352,20 +367,15 @@ def _best_scales(
     if not (np.isfinite(activity).all() and activity.any() and size.any()):
         return None
     activity, size = (np.maximum(v, 1e-3 * np.median(v[v > 0])) for v in (activity, size))
-    candidates = [np.ones(n, np.float32), *(_scales(activity, size, a, b) for a, b in _EXPONENTS)]
+    tried = [np.ones(n, np.float32), *(_scales(activity, size, a, b) for a, b in _EXPONENTS)]
 
     def loss(scales: Floats) -> float:
         s = scales[site.channels]
         return sum(r.loss(held_out, squares, s) for r in readers) / len(readers)
 
-    losses = list(pool.map(loss, candidates))
+    losses = list(pool.map(loss, tried))
     best = int(np.argmin(losses))
-    return candidates[best] if losses[best] < losses[0] + np.log1p(-_LEAST_GAIN) else None
-
-
-def _qtypes(legal: Sequence[str]) -> list[QuantType]:
-    usable = [t for t in legal if lookup(t).is_quantized and not lookup(t).needs_imatrix]
-    return [lookup(nearest(usable, bits)) for bits in _BITS] if usable else []
+    return tried[best] if losses[best] < losses[0] + np.log1p(-_LEAST_GAIN) else None
 
 
 def _scales(activity: Doubles, size: Doubles, a: float, b: float) -> Floats:
@@ -391,6 +401,6 @@ class _Reader:
         for q in self.qtypes:
             w = fake_quantize(np.ascontiguousarray(scaled), q, importance)
             wrong = (rounded((x / s).astype(np.float32), q.activation) @ w.T - output).T
-            squared = squared_errors(wrong, BIAS_COUNTS.get(self.role, 1.0)).sum()
+            squared = squared_errors(wrong, bias_weight(self.role)).sum()
             logs.append(np.log(max(float(squared), 1e-30)))
         return float(np.mean(logs))

@@ -36,7 +36,7 @@ _SLOW_STEP = 4  # every so many of these rows in a slow type
 # of damage over error between seven types of 22 tensors (SmolLM2-135M, rows of 768): ffn_up from
 # 0.09 to 0.08, attn_v from 0.42 to 0.24; attn_q by that of IQ3 and IQ4_XS over Q4_0 in all 30
 # layers: 0.23 and no mean error at 0.25 (at 0.75, 0.27 and 10% too little damage in both).
-BIAS_COUNTS = {
+_BIAS_COUNTS = {
     "attn_q": 0.25, "attn_k": 0.25, "attn_v": 4.0, "ffn_up": 2.0, "token_embd": 0.25,
     "output": 0.25,
 }  # fmt: skip
@@ -122,8 +122,7 @@ class OutputErrors:
             output = np.square(w @ x.T).sum(axis=1, dtype=np.float64)
             columns = importance(bench.imatrix, tensor, expert)
             power += share * per_matrix * output.mean() / len(x)
-            bias_counts = BIAS_COUNTS.get(tensor.role, 1.0)
-            wrong = partial(_row_errors, w, x, columns, bias_counts)
+            wrong = partial(_row_errors, w, x, columns, bias_weight(tensor.role))
             rows_wrong = dict(zip(squared, bench.pool.map(wrong, qtypes), strict=True))
             for q in qtypes:
                 whole = rows_wrong[q.name].sum()
@@ -166,6 +165,11 @@ def _row_errors(
     """
     few = np.ascontiguousarray(w[:: _SLOW_STEP if is_slow(q) else 1])
     return squared_errors((few - fake_quantize(few, q, columns)) @ x.T, bias_counts)
+
+
+def bias_weight(role: str) -> float:
+    """How often that part of its output's error counts that is the same at every token."""
+    return _BIAS_COUNTS.get(role, 1.0)
 
 
 def squared_errors(wrong: Floats, bias_counts: float) -> Doubles:

@@ -30,7 +30,7 @@ from apreqel.model.qtypes import QuantType, lookup
 from apreqel.quantize import ROUNDED_TYPES, rounded_rows
 from apreqel.sensitivity.bench import context_for, evaluated, read_weights
 from apreqel.sensitivity.measurement import ProbedModel
-from apreqel.sensitivity.output_errors import BIAS_COUNTS, sample, squared_errors
+from apreqel.sensitivity.output_errors import bias_weight, sample, squared_errors
 from apreqel.sensitivity.texts import fitting_set
 
 # Added to all columns' second moments, as a part of their median, so that what the text shows of
@@ -138,10 +138,9 @@ class Rounding:
         importance = self._probed.imatrix.weights(name)
         folder, n_threads = self._space.folder, self._space.n_threads
         after = rounded_rows(weights, qtypes, importance, path, folder, n_threads)
-        bias_counts = BIAS_COUNTS.get(tensor.role, 1.0)
 
         def wrong(rows: Floats) -> float:
-            return float(squared_errors((weights - rows) @ x.T, bias_counts).sum())
+            return float(squared_errors((weights - rows) @ x.T, bias_weight(tensor.role)).sum())
 
         before = {q.name: wrong(fake_quantize(weights, q, importance)) for q in qtypes}
         found = {
@@ -165,8 +164,7 @@ class Rounding:
 
     def _path(self, tensor: Tensor) -> Path:
         """Float32 [row length, row length]; an empty file for a tensor that stays as it is."""
-        counts = BIAS_COUNTS.get(tensor.role, 1.0)
-        return self._place / f"{self._reads_as(tensor)}-{counts}.f32"
+        return self._place / f"{self._reads_as(tensor)}-{bias_weight(tensor.role)}.f32"
 
     def _require(self, tensors: Sequence[Tensor]) -> None:
         """Collect those that are not at hand."""
@@ -203,9 +201,8 @@ class Rounding:
                 self._source_files.check()
                 for name in now:
                     for tensor in wanted.pop(name):
-                        counts = BIAS_COUNTS.get(tensor.role, 1.0)
-                        content = found[name].damped(counts) if name in found else b""
-                        write_atomically(self._path(tensor), content)
+                        sums, counts = found.get(name), bias_weight(tensor.role)
+                        write_atomically(self._path(tensor), sums.damped(counts) if sums else b"")
 
     def _collected(self, model: LoadedModel, names: list[str]) -> dict[str, _Moments]:
         found: dict[str, _Moments] = {}
@@ -219,10 +216,8 @@ class Rounding:
 
         text = self._text
         with context_for(model, text, self._space.n_threads, listen) as context:
-            for start in range(0, text.n_chunks, context.n_sequences):
-                self._space.progress("collecting second moments", start, text.n_chunks)
-                part = text.part(slice(start, start + context.n_sequences))
-                context.evaluate(part.tokens, part.positions)
+            for rows, _ in evaluated(context, text):
+                self._space.progress("collecting second moments", rows.stop, text.n_scored)
         return found
 
 
