@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -158,7 +159,7 @@ def plan(
         Plan.check_output(output)
     metric, refine = wishes.metric, wishes.refine
     with _workspace(model, workdir, threads, allow_requantize, quiet) as given:
-        request = request_of(wishes, given.inventory)
+        request = request_of(_without_own_type(wishes, model), given.inventory)
         with pipeline.equalised(given, equalise) as space:
             profile = profile_for(space, wishes.device, needed=request.uses_profile)
             probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
@@ -240,7 +241,7 @@ def verify(
     """Measure a file beside the original and stock presets, on text that calibration never saw."""
     from apreqel import pipeline
     from apreqel.console import verify as view
-    from apreqel.evaluate.verify import VerifySettings
+    from apreqel.evaluate.verify import Trial, VerifySettings
     from apreqel.model.inventory import find_model
 
     expected, original, folder = _expected(gguf, model, plan)
@@ -251,7 +252,7 @@ def verify(
         ) as space,
     ):
         settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
-        trial = pipeline.Trial(_verify_text(verify_text), against or [], settings)
+        trial = Trial(_verify_text(verify_text), against or [], settings)
         report = pipeline.verify(space, find_model(str(gguf)), trial, expected)
     answer(json, view.show, report)
 
@@ -259,7 +260,7 @@ def verify(
 @app.command()
 def compare(
     model: arg.Model,
-    max_size: arg.MaxSize = "Q4_K_M",
+    max_size: arg.MaxSize = None,
     verify_text: arg.VerifyText = None,
     tokens: arg.Scored = 3060,
     no_speed: arg.NoSpeed = False,
@@ -281,7 +282,7 @@ def compare(
     ):
         report = compare_strategies(
             space,
-            size_from("Q4_K_M" if max_size is None else max_size, space.inventory),
+            None if max_size is None else size_from(max_size, space.inventory),
             text=_verify_text(verify_text),
             settings=_settings(space, tokens, with_speed=not no_speed),
         )
@@ -309,14 +310,14 @@ def auto(
     """Profile, probe, plan, quantise and verify, running only what is missing or stale."""
     from apreqel import pipeline
     from apreqel.console import verify as view
+    from apreqel.evaluate.verify import Trial
     from apreqel.plan.request import request_of
     from apreqel.sensitivity.effort import effort_from
 
-    presets = ["Q4_K_M"] if against is None else against
     effort, calibration = effort_from(wishes.effort, wishes.minutes), _texts(text)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as given:
-        request = request_of(wishes, given.inventory)
-        trial = pipeline.Trial(_verify_text(verify_text), presets, _settings(given, tokens))
+        request = request_of(_without_own_type(wishes, model), given.inventory)
+        trial = Trial(_verify_text(verify_text), against, _settings(given, tokens))
         with pipeline.equalised(given, equalise) as space:
             result = pipeline.auto(
                 space,
@@ -346,6 +347,17 @@ def _workspace(
         allow_requantize=allow_requantize,
         progress=Reporter(quiet),
     )
+
+
+def _without_own_type(wishes: Wishes, model: str) -> Wishes:
+    """Of the demo: else the best of its size would be the demo itself."""
+    from apreqel.model.inventory import DEMO, DEMO_TYPE
+
+    if model != DEMO or wishes.only_types is not None:
+        return wishes
+    remark(f"the demo's own type, {DEMO_TYPE}, is left out: it would keep the demo as it is")
+    excluded = [DEMO_TYPE] if wishes.exclude_types is None else [DEMO_TYPE, wishes.exclude_types]
+    return replace(wishes, exclude_types=",".join(excluded))
 
 
 def _texts(paths: Sequence[Path] | None) -> list[Text]:

@@ -26,7 +26,7 @@ from apreqel.evaluate.confirm import better, confirmed_plan, measure_ladder
 from apreqel.evaluate.presets import build_preset
 from apreqel.evaluate.real_files import FileBench, measured_files
 from apreqel.evaluate.refine import is_worthwhile, refined
-from apreqel.evaluate.verify import VerificationReport, VerifySettings
+from apreqel.evaluate.verify import Trial, VerificationReport
 from apreqel.model import recipes
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.plan.cache_types import CACHES
@@ -350,26 +350,18 @@ def default_output(space: Workspace, prefer: str) -> Path:
 # --- measuring files -----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Trial:
-    """How a file is measured: on which text, and beside which stock presets."""
-
-    text: Text
-    against: Sequence[str]
-    settings: VerifySettings
-
-
 def verify(
     space: Workspace, path: Path, trial: Trial, expected: Plan | None = None
 ) -> VerificationReport:
     """Measure `path` beside the original and stock presets; the report is kept."""
-    require_presets(trial.against)
+    against = trial.against or ()
+    require_presets(against)
     if expected is not None:
         verification.check_types(path, expected.types)
     files = {"apreqel": path}
-    for i, preset in enumerate(trial.against):
+    for i, preset in enumerate(against):
         label = f"stock {preset.upper()}"
-        space.progress(f"building {label}", i, len(trial.against))
+        space.progress(f"building {label}", i, len(against))
         files[label] = build_preset(space, preset, require_probed_model(space).imatrix)
     report = verification.verify(space, files, text=trial.text, settings=trial.settings)
     if expected is not None:
@@ -381,7 +373,7 @@ def verify(
 
 def _verified_as(space: Workspace, path: Path, trial: Trial, made: Plan) -> Provenance:
     """Equal where verifying a plan's file would give the same again."""
-    digest, against = made.metadata["apreqel.plan"], list(trial.against)
+    digest, against = made.metadata["apreqel.plan"], list(trial.against or ())
     known = verification.provenance_of(space, trial.settings, trial.text)
     facts = {**known.settings, "file": str(path), "plan": digest, "against": against}
     return replace(known, settings=facts)
@@ -412,12 +404,16 @@ def auto(
     device: str | None = None,
 ) -> Everything:
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
-    require_presets(trial.against)
+    require_presets(trial.against or ())
     output = output or default_output(space, request.prefer)
     quantize.check_output(space.given, output, force or _ours(output) is not None)
     profile = load_named(device) if device else profile_of(space)
     probed = probe(space, effort=effort, texts=texts)
     made, plan_path = plan(probed, request, profile)
+    if trial.against is None:
+        is_of_its_size = request.prefer not in ("memory", "latency")
+        beside = probed.preset_of_size(made.size_bytes if is_of_its_size else None)
+        trial = replace(trial, against=[beside])
     found = _ours(output)
     if found is None or not _is_made_of(found, made):
         run_plan(

@@ -60,6 +60,7 @@ ROOMS: dict[str, list[str]] = {
         "damage",
         "effort",
         "next_probes",
+        "moments",
         "measure",
         "report",
         "rounding",

@@ -851,3 +851,21 @@ def test_presets_are_built_once_for_what_they_are_made_from(
     monkeypatch.setattr(presets, "build_info", lambda: "a newer llama.cpp")
     assert presets.build_preset(space, "Q4_K_M", known) not in (weighed, elsewhere)
     assert len(list(folder.iterdir())) == 2 and other.read_bytes() == b"another preset's"
+
+
+@pytest.mark.parametrize(("kind", "preset"), [("Q4_0", "Q3_K_M"), ("Q8_0", "Q4_K_M")])
+def test_a_quantised_source_is_made_smaller_and_as_it_is_loses_nothing(
+    kind: str, preset: str, tmp_path: Path
+) -> None:
+    inventory = read_inventory(models.build(tmp_path / "m.gguf", kind=kind))
+    probed = measure(inventory, tmp_path)
+    assert probed.default_preset == probed.preset_of_size(None) == preset
+    planner = planner_of(probed)
+    assert planner.damage.predicted(inventory.types).nats == 0
+    made, _ = pipeline.plan(probed, PlanRequest(), None, check=False)
+    assert made.size_bytes <= inventory.output_size(planner.stock) < 0.96 * inventory.size_bytes
+    assert preset in made.binding[0].limit and made.damage_nats > 0
+    kept, _ = pipeline.plan(
+        probed, PlanRequest(max_size_bytes=2 * inventory.size_bytes), None, check=False
+    )
+    assert kept.types == inventory.types and kept.damage_nats == 0

@@ -123,7 +123,7 @@ def test_unasked_a_plan_is_as_fast_as_the_stock_preset_of_its_size(inventory: In
         stock = stock_types(inventory.files[0], preset, has_imatrix_for=[])
         size = inventory.output_size(stock) + 1000
         asked = planner(inventory, PlanRequest(max_size_bytes=size), profile=profile)
-        assert asked.preset_of_size(size) == preset
+        assert asked.probed.preset_of_size(size) == preset
         free = replace(asked, request=replace(asked.request, any_speed=True))
         usual, kept, fast = (
             asked.speed(inventory, types)

@@ -18,9 +18,11 @@ from apreqel.model.inventory import read_inventory
 from apreqel.model.qtypes import lookup
 from apreqel.plan.plan import Plan
 from apreqel.plan.request import PlanRequest
+from apreqel.sensitivity import moments as second_moments
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.measurement import ProbedModel
-from apreqel.sensitivity.rounding import Rounding, _Moments
+from apreqel.sensitivity.moments import _Sums
+from apreqel.sensitivity.rounding import Rounding
 from apreqel.sensitivity.texts import check_set
 
 
@@ -39,7 +41,7 @@ def correlated(random: np.random.Generator, n: int) -> Floats:
 
 
 def moments_of(x: Floats, path: Path) -> Path:
-    sums = _Moments(np.zeros((x.shape[1], x.shape[1])), np.zeros(x.shape[1]))
+    sums = _Sums(x.shape[1])
     sums.add(x)
     path.write_bytes(sums.damped(1.0))
     return path
@@ -91,7 +93,7 @@ def test_blocks_are_put_together_as_they_were(kind: str, tmp_path: Path) -> None
 
 def test_what_is_the_same_at_every_token_counts_as_told() -> None:
     x = np.random.default_rng(4).normal(size=(512, 64)).astype(np.float32) + 3
-    sums = _Moments(np.zeros((64, 64)), np.zeros(64))
+    sums = _Sums(64)
     sums.add(x)
     whole, quarter = (
         np.frombuffer(sums.damped(b), np.float32).reshape(64, 64) for b in (1.0, 0.25)
@@ -100,7 +102,7 @@ def test_what_is_the_same_at_every_token_counts_as_told() -> None:
     np.testing.assert_allclose(whole - quarter, 0.75 * np.outer(mean, mean), rtol=1e-3)
     assert np.linalg.eigvalsh(quarter.astype(np.float64)).min() > 0
     for nothing in (np.zeros((8, 64)), np.full((8, 64), np.nan)):
-        sums = _Moments(np.zeros((64, 64)), np.zeros(64))
+        sums = _Sums(64)
         sums.add(nothing.astype(np.float32))
         assert sums.damped(1.0) == b""
 
@@ -202,18 +204,18 @@ def test_tensors_without_second_moments_are_left_to_ggml(
     llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a note, and the others rounded anew; damaged files are told."""
-    probed = measure(read_inventory(llama_model), tmp_path)
-    real, names = _Moments.damped, ["blk.1.ffn_down.weight"]
+    real, names = _Sums.damped, ["blk.1.ffn_down.weight"]
 
-    def nothing(sums: _Moments, bias_counts: float) -> bytes:
-        if len(sums.squares) == 512 and names:  # the first of the two down projections
+    def nothing(sums: _Sums, bias_counts: float) -> bytes:
+        if len(sums._squares) == 512 and names:  # the first of the two down projections
             names.pop()
             return b""
         return real(sums, bias_counts)
 
-    monkeypatch.setattr(_Moments, "damped", nothing)
+    monkeypatch.setattr(_Sums, "damped", nothing)
     for old in ("gptq-0123456789ab", "moments-0123456789ab", "moments"):
         (tmp_path / old).mkdir()
+    probed = measure(read_inventory(llama_model), tmp_path)
     made, _ = pipeline.plan(probed, PlanRequest(target_bpw=5.0), None, check=False)
     ratios = Rounding(probed).ratios().ratios
     left = next(name for name, row in ratios.items() if not row and "ffn_down" in name)
@@ -226,6 +228,30 @@ def test_tensors_without_second_moments_are_left_to_ggml(
     paths["blk.0.attn_q.weight"].write_bytes(b"x")
     with pytest.raises(ArtifactError, match="has 1 bytes, not"):
         Rounding(probed).moments(types)
+
+
+def test_moments_come_with_the_imatrix_or_in_passes_of_their_own(
+    llama_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inventory, passes = read_inventory(llama_model), list[str]()
+    probed = measure(inventory, tmp_path / "whole")
+    types = uniform(inventory, "Q4_0")
+    [folder] = (tmp_path / "whole").glob("moments-*")
+    at_once = {path.name: path.read_bytes() for path in folder.glob("*.f32")}
+    assert {path.name for path in Rounding(probed).moments(types).values()} <= set(at_once)
+    # With little memory some come with the imatrix, others later; the same numbers but for order.
+    monkeypatch.setattr(second_moments, "_ROOM_BYTES", 4 * 300 * 1024)
+    probed = measure(inventory, tmp_path / "parts", progress=lambda what, *_: passes.append(what))
+    [folder] = (tmp_path / "parts").glob("moments-*")
+    assert 0 < len(list(folder.glob("*.f32"))) < len(at_once)
+    assert "collecting second moments" not in passes
+    for path in Rounding(probed).moments(types).values():
+        assert path.parent == folder
+        found, whole = np.fromfile(path, np.float32), np.frombuffer(at_once[path.name], np.float32)
+        off = np.linalg.norm(found - whole) / np.linalg.norm(whole)
+        # The imatrix asks for all logits: the last layer goes on with one token more of each chunk.
+        assert off < (1e-5 if "blk.0" in path.name else 0.02)
+    assert "collecting second moments" in passes
 
 
 def with_threads(probed: ProbedModel, n_threads: int) -> ProbedModel:

@@ -20,7 +20,7 @@ from apreqel.plan.cache_types import CACHES, without_caches
 from apreqel.plan.make_plan import make_plan
 from apreqel.plan.options import Options
 from apreqel.plan.plan import FileResult, Plan
-from apreqel.plan.planner import DEFAULT_PRESET, Planner
+from apreqel.plan.planner import Planner
 from apreqel.plan.solve import Solved, solve_request
 from apreqel.solver.knapsack import Limit, solve, total
 
@@ -186,7 +186,7 @@ def _most_nats(planner: Planner, bench: FileBench) -> float | None:
     if planner.damage.metric != "kld":
         return None  # real files are measured in KLD
     if most is None and _trades_damage(planner):
-        stock = bench.measure(f"stock {DEFAULT_PRESET}", planner.stock)
+        stock = bench.measure(f"stock {planner.probed.default_preset}", planner.stock)
         return stock.kld.mean + planner.experts_nats
     return most
 

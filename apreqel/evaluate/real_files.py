@@ -24,7 +24,8 @@ from apreqel.sensitivity.damage import MeasuredFile
 from apreqel.sensitivity.equalise import imatrix_of_original
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.sensitivity.metrics import estimate, ratio_interval
-from apreqel.sensitivity.rounding import VERSION, Rounding
+from apreqel.sensitivity.moments import VERSION
+from apreqel.sensitivity.rounding import Rounding
 from apreqel.sensitivity.texts import check_set
 
 MEASURED_FILE = "measured-files.json"

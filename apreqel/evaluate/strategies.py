@@ -66,16 +66,18 @@ def strategies(planner: Planner, file_bytes: int) -> dict[str, dict[str, str]]:
 
 
 def compare_strategies(
-    space: Workspace, file_bytes: int, *, text: Text, settings: VerifySettings
+    space: Workspace, file_bytes: int | None, *, text: Text, settings: VerifySettings
 ) -> VerificationReport:
     """Real files of all strategies, made from the same measurements, measured side by side.
 
+    Of the usual stock preset's size where none is given.
     Raises ArtifactError where the model was not probed, and what `verify` raises.
     """
     probed = require_probed_model(space)
     damage = replace(damage_model(probed.sensitivity), files=measured_files(probed).own)
     profile = profile_for(space, None, needed=False)
-    made = strategies(Planner(probed, damage, profile=profile), file_bytes)
+    planner = Planner(probed, damage, profile=profile)
+    made = strategies(planner, file_bytes or probed.inventory.output_size(planner.stock))
     made = {"apreqel": made["apreqel"]} | made  # ours first
     with TemporaryDirectory(prefix="compare-", dir=space.folder) as folder:
         files = {label: Path(folder) / f"{label.replace(' ', '-')}.gguf" for label in made}

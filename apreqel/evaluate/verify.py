@@ -39,6 +39,18 @@ class VerifySettings:
 
 
 @dataclass(frozen=True)
+class Trial:
+    """How a file is measured: on which text, and beside which stock presets.
+
+    None: `auto` takes the one that the plan is set against.
+    """
+
+    text: Text
+    against: Sequence[str] | None
+    settings: VerifySettings
+
+
+@dataclass(frozen=True)
 class MeasuredSpeed:
     """Tokens/s with the standard deviation over `repetitions` runs."""
 

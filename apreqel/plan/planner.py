@@ -27,12 +27,6 @@ from apreqel.sensitivity.kv_cache import CacheSensitivity
 from apreqel.sensitivity.measurement import ProbedModel
 from apreqel.solver.knapsack import Limit
 
-# The preset that most people use today: what a plan has to beat when nothing else is said.
-DEFAULT_PRESET = "Q4_K_M"
-# What a file of another size would be without apreqel, and how fast.
-_PRESETS_BY_SIZE = (
-    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
-)  # fmt: skip
 # Of that preset's predicted speed: timings of machines are not good for more.
 _AS_FAST = 0.97
 
@@ -77,19 +71,12 @@ class Planner:
 
     @cached_property
     def stock(self) -> dict[str, str]:
-        """The type map of stock Q4_K_M."""
-        return self.probed.stock_types(DEFAULT_PRESET)
-
-    def preset_of_size(self, file_bytes: int | None) -> str:
-        """The stock preset nearest to a file of so many bytes; Q4_K_M where that is not limited."""
-        if file_bytes is None:
-            return DEFAULT_PRESET
-        output_size, stock = self.inventory.output_size, self.probed.stock_types
-        return min(_PRESETS_BY_SIZE, key=lambda p: abs(output_size(stock(p)) - file_bytes))
+        """The type map of the stock preset that a plan is set against."""
+        return self.probed.stock_types(self.probed.default_preset)
 
     @property
     def stock_damage_sum(self) -> float:
-        """The damages of stock Q4_K_M's tensors, which are never compensated."""
+        """The damages of that preset's tensors, which are never compensated."""
         return self.damage.damage_sum(self.stock, plain=True)
 
     # -- what may be chosen --
@@ -189,7 +176,7 @@ class Planner:
 
     def stock_speed_limits(self, options: Options) -> list[Limit]:
         """As fast as the stock preset of the plan's size, as predicted; none without timings."""
-        preset, timings = self.preset_of_size(self.size_budget(options)), options.timings
+        preset, timings = self.probed.preset_of_size(self.size_budget(options)), options.timings
         speed = self.speed(self.running, self.probed.stock_types(preset))
         if timings is None or speed is None:
             return []

@@ -19,7 +19,7 @@ from apreqel.errors import ArtifactError, InfeasiblePlanError, UsageError
 from apreqel.plan.cache_types import CACHES
 from apreqel.plan.options import Options
 from apreqel.plan.plan import Binding
-from apreqel.plan.planner import DEFAULT_PRESET, Planner
+from apreqel.plan.planner import Planner
 from apreqel.plan.request import PlanRequest, require_priority
 from apreqel.solver.knapsack import Limit, Solution, solve, total
 
@@ -113,10 +113,10 @@ def solve_request(planner: Planner, limit_factor: float = 1.0) -> Solved:
         and by_accuracy
         and not asked & {"--max-size", "--target-bpw", "--max-ram"}
     ):
-        name = f"the size of stock {DEFAULT_PRESET} (--max-size)"
+        name = f"the size of stock {planner.probed.default_preset} (--max-size)"
         limits.append(options.size_limit(planner.inventory.output_size(planner.stock), name))
     if not request.weights and not by_accuracy and "--max-kld" not in asked:
-        name = f"the quality of stock {DEFAULT_PRESET} (--max-kld)"
+        name = f"the quality of stock {planner.probed.default_preset} (--max-kld)"
         limits.append(options.damage_limit(usual, name))
     speeds = planner.stock_speed_limits(options) if request.is_as_fast_as_stock else []
     if speeds:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from apreqel.arrays import Floats, Tokens
 from apreqel.artifacts import FileMarks, Provenance, file_sha256
 from apreqel.errors import EngineError, Interrupted
 from apreqel.llama.engine import LoadedModel
@@ -43,6 +44,7 @@ from apreqel.sensitivity.measurement import (
     Sensitivity,
     TensorSensitivity,
 )
+from apreqel.sensitivity.moments import Moments
 from apreqel.sensitivity.next_probes import decisive_pairs
 from apreqel.sensitivity.output_errors import OutputErrors, first_type
 from apreqel.sensitivity.texts import Split, Text, TokenSet, split_for_calibration
@@ -216,16 +218,27 @@ class _Run:
             imatrix = read_imatrix(given, inventory)
             write_imatrix(target, imatrix)
         else:
-            collector, n = ImatrixCollector(n_matrices(inventory)), fitting.n_chunks
-            first, second = (fitting.part(slice(start, None, 2)) for start in (0, 1))
-            with context_for(model, fitting, self.space.n_threads, collector) as context:
-                progress = self.space.progress
-                half = collect(context, collector, first, progress, 0, n)
-                imatrix = collect(context, collector, second, progress, first.n_chunks, n)
+            imatrix, half = self._collected(model, fitting)
             write_imatrix(target, imatrix)
         sha256 = file_sha256(target)
         self.found = replace(self.found, imatrix_sha256=sha256, coverage=imatrix.coverage)
         return imatrix, half
+
+    def _collected(self, model: LoadedModel, fitting: TokenSet) -> tuple[Imatrix, Imatrix]:
+        """The imatrix of the text, and of every other chunk; second moments in the same pass."""
+        space, n = self.space, fitting.n_chunks
+        collector = ImatrixCollector(n_matrices(space.inventory))
+        first, second = (fitting.part(slice(start, None, 2)) for start in (0, 1))
+        with Moments(space, fitting).collected() as moments:
+
+            def listen(name: str, values: Floats, experts: Tokens | None) -> None:
+                collector(name, values, experts)
+                moments(name, values, experts)
+
+            with context_for(model, fitting, space.n_threads, listen) as context:
+                half = collect(context, collector, first, space.progress, 0, n)
+                whole = collect(context, collector, second, space.progress, first.n_chunks, n)
+        return whole, half
 
     def _errors(
         self, model: LoadedModel, bench: ProbeBench, tokens: TokenSet, half: Imatrix | None

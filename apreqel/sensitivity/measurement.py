@@ -28,6 +28,12 @@ from apreqel.workspace import IMATRIX_FILE, Workspace
 SENSITIVITY_FILE = "sensitivity.json"
 
 METRICS = ("kld", "perplexity")
+# Stock presets that a plan may be set against unasked, and what is a smaller file.
+_USUAL_PRESETS, _SMALLER = ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S", "Q2_K"), 0.96
+# What a file of another size would be without apreqel, and how fast.
+_PRESETS_BY_SIZE = (
+    "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -177,6 +183,25 @@ class ProbedModel:
             names = list(self.sensitivity.tensors)
             self._stock[preset] = stock_types(self.space.model, preset, has_imatrix_for=names)
         return self._stock[preset]
+
+    @cached_property
+    def default_preset(self) -> str:
+        """What a plan has to beat when nothing else is said: Q4_K_M, as most people use it.
+
+        Of a model that is hardly larger itself, the largest preset that makes it smaller.
+        """
+        most = _SMALLER * self.space.given.size_bytes
+        fitting = (
+            p for p in _USUAL_PRESETS if self.inventory.output_size(self.stock_types(p)) <= most
+        )
+        return next(fitting, _USUAL_PRESETS[0])
+
+    def preset_of_size(self, file_bytes: int | None) -> str:
+        """The stock preset nearest to a file of so many bytes; without these the default one."""
+        if file_bytes is None:
+            return self.default_preset
+        output_size, stock = self.inventory.output_size, self.stock_types
+        return min(_PRESETS_BY_SIZE, key=lambda p: abs(output_size(stock(p)) - file_bytes))
 
 
 def probed_model(space: Workspace) -> ProbedModel | None:

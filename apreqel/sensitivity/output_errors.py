@@ -247,7 +247,10 @@ def first_type(type_names: Iterable[str]) -> str:
 
 
 def candidate_types(inventory: Inventory, imatrix: Imatrix | None) -> dict[str, list[QuantType]]:
-    """For each quantisable tensor the types worth measuring: legal, supported, imatrix at hand."""
+    """For each quantisable tensor the types worth measuring: legal, supported, imatrix at hand.
+
+    In its own it stays as it is, bit by bit: nothing is to be measured there.
+    """
     usable = {
         q.name: q for q in registry().values() if q.is_quantized and q.for_weights and supports(q)
     }
@@ -256,6 +259,7 @@ def candidate_types(inventory: Inventory, imatrix: Imatrix | None) -> dict[str, 
             usable[name]
             for name in tensor.legal_types
             if name in usable
+            and name != tensor.qtype.name
             and not (usable[name].needs_imatrix and importance(imatrix, tensor, 0) is None)
         ]
         for tensor in inventory.quantizable

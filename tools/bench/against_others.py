@@ -158,9 +158,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     text, rows = read_text(args.text), []
-    with pipeline.open_workspace(
-        args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
-    ) as space:
+    with (
+        pipeline.open_workspace(
+            args.model, folder=args.workdir, allow_requantize=True, progress=Reporter()
+        ) as given,
+        pipeline.equalised(given, pipeline.was_equalised(given)) as space,
+    ):
         probed = require_probed_model(space)
         with on_text(
             space, lambda model: verification_set(model, text, 512, args.tokens), 512
