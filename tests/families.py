@@ -139,6 +139,81 @@ FAMILIES = {
         },
         {**_norms("output_norm"), **_UNTIED},
     ),
+    # No attention, either: tokens shifted into each other, matrices of low rank between.
+    "rwkv7": Family(
+        "rwkv7",
+        {
+            "attention.layer_norm_epsilon": 1e-5,
+            "attention.head_count": 0,
+            "attention.decay_lora_rank": 32,
+            "attention.iclr_lora_rank": 32,
+            "attention.value_residual_mix_lora_rank": 32,
+            "attention.gate_lora_rank": 64,
+            "token_shift_count": 2,
+            "wkv.head_size": 64,
+        },
+        {
+            **_norms("attn_norm", "attn_norm_2", "time_mix_ln", bias=True),
+            **_norms(*(f"time_mix_{part}" for part in ("w0", "a0", "v0", "k_k", "k_a", "r_k"))),
+            **_norms("channel_mix_lerp_k"),
+            **_weights(
+                time_mix_w1=(32, E),
+                time_mix_w2=(E, 32),
+                time_mix_a1=(32, E),
+                time_mix_a2=(E, 32),
+                time_mix_v1=(32, E),
+                time_mix_v2=(E, 32),
+                time_mix_g1=(64, E),
+                time_mix_g2=(E, 64),
+                time_mix_lerp_fused=(6, 1, 1, E),
+                time_mix_receptance=(E, E),
+                time_mix_key=(E, E),
+                time_mix_value=(E, E),
+                time_mix_output=(E, E),
+                channel_mix_key=(F, E),
+                channel_mix_value=(E, F),
+            ),
+        },
+        {**_norms("token_embd_norm", "output_norm", bias=True), **_UNTIED},
+    ),
+    # Embeddings for every layer, streams side by side, helper matrices that stay as they are.
+    "gemma3n": Family(
+        "gemma3n",
+        {
+            **_HEADS,
+            **_RMS,
+            "attention.key_length": E // 4,
+            "attention.value_length": E // 4,
+            "attention.sliding_window": 32,
+        },
+        {
+            **_norms("attn_norm", "post_attention_norm", "ffn_norm", "post_ffw_norm"),
+            **_norms("post_norm", "altup_correct_scale", "altup_router_norm", "laurel_post_norm"),
+            "attn_q_norm.weight": (E // 4,),
+            "attn_k_norm.weight": (E // 4,),
+            **_ATTENTION,
+            **_GATED,
+            **_weights(
+                inp_gate=(256, E),
+                proj=(E, 256),
+                laurel_l=(64, E),
+                laurel_r=(E, 64),
+                altup_correct_coef=(4, 4),
+                altup_predict_coef=(16, 4),
+                altup_router=(4, E),
+            ),
+        },
+        {
+            **_norms("output_norm"),
+            "per_layer_proj_norm.weight": (256,),
+            **_weights(
+                altup_proj=(3, E, E),
+                altup_unembd_proj=(3, E, E),
+                per_layer_token_embd=(-1, 256 * N_LAYERS),
+                per_layer_model_proj=(256 * N_LAYERS, E),
+            ),
+        },
+    ),
     # Experts beside a shared one that has a gate of its own.
     "qwen2moe": Family(
         "qwen2moe",
@@ -246,7 +321,9 @@ def build_family(path: Path, name: str) -> Path:
         else:
             scale = {"token_embd.weight": 8.0, "output.weight": 3.0}.get(tensor, 1.0)
             scale *= 0.3 if "ssm_x" in tensor else 1.0  # else the state runs away
-            small = any(part in tensor for part in ("gate_inp", "ssm_conv1d", "position_embd"))
+            small = any(
+                part in tensor for part in ("gate_inp", "ssm_conv1d", "position_embd", "lerp_fused")
+            )
             values = matrix(random, *shape, scale=scale)
             writer.add_tensor(tensor, values if small else values.astype(np.float16))
     writer.write_header_to_file()

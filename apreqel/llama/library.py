@@ -146,7 +146,7 @@ def library() -> Any:
             _log_lines.append(readable(text))
 
     def last(text: bytes | None) -> None:
-        last_words.note(reason=printable(re.sub(r"^\S*/", "", readable(text)), 200))
+        last_words.note(reason=printable(re.sub(r"^\S*/", "", readable(text).strip()), 200))
 
     _callbacks[:] = llama_cpp.llama_log_callback(keep), _abort_callback(last)
     llama_cpp.llama_log_set(_callbacks[0], ctypes.c_void_p(0))
