@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from apreqel.sensitivity.texts import Text
     from apreqel.workspace import Workspace
 
+# A file that says less than nothing of its original.
+_ANOTHER_MODEL_NATS = 3.0
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -254,6 +257,8 @@ def verify(
         settings = VerifySettings(n_ctx=ctx, n_scored=tokens, with_speed=not no_speed)
         trial = Trial(_verify_text(verify_text), against or [], settings)
         report = pipeline.verify(space, find_model(str(gguf)), trial, expected)
+    if (far := report.files[1].kld.mean) > _ANOTHER_MODEL_NATS:
+        remark(f"{gguf}: {far:.1f} nats a token from {original}: is it a file of that model?")
     answer(json, view.show, report)
 
 

@@ -21,6 +21,7 @@ from support import COMMAND, apreqel, expect, uniform
 
 from apreqel import cli, errors
 from apreqel.__main__ import obituary, watched
+from apreqel.arrays import Floats
 from apreqel.model.inventory import read_inventory
 from apreqel.plan.request import size_from
 from apreqel.workspace import Workspace
@@ -330,6 +331,18 @@ def test_what_users_type_in_the_first_hour(llama_model: Path, tmp_path: Path) ->
     assert cli._with_home("--output=~/x.gguf") == f"--output={home}/x.gguf"
     for other in ("--output=~nobody-here/x", "~/x", "a=~/x", "--pin=a~=Q8_0"):
         assert cli._with_home(other) == other
+
+
+def test_a_file_of_another_model_is_asked_about(llama_model: Path, tmp_path: Path) -> None:
+    def louder(name: str, values: Floats) -> Floats:
+        return values * (40 if name == "output.weight" else 1)
+
+    other = models.build(tmp_path / "other.gguf", change=louder)
+    asked = "--model", llama_model, "--tokens", 64, "--no-speed", "-q", "--workdir", tmp_path / "w"
+    done = apreqel("verify", other, *asked)
+    assert done.returncode == 0
+    assert f"nats a token from {llama_model}: is it a file of that model?" in done.stderr
+    assert "is it a file" not in apreqel("verify", llama_model, *asked).stderr
 
 
 def test_demo_needs_its_package(tmp_path: Path) -> None:
