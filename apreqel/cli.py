@@ -165,7 +165,9 @@ def plan(
         request = request_of(_without_own_type(wishes, model), given.inventory)
         with pipeline.equalised(given, equalise) as space:
             profile = profile_for(space, wishes.device, needed=request.uses_profile)
-            probed = probed_model(space) or pipeline.probe(space, effort=effort, texts=_texts(None))
+            probed = probed_model(space) or pipeline.probe(
+                space, effort=effort, texts=_texts(None), plain=wishes.plain
+            )
             asked = probed, request, profile
             if wishes.front:
                 show, found = view.show_front, (pipeline.front(*asked, metric),)
@@ -322,7 +324,7 @@ def auto(
     effort, calibration = effort_from(wishes.effort, wishes.minutes), _texts(text)
     with _workspace(model, workdir, threads, allow_requantize, quiet) as given:
         request = request_of(_without_own_type(wishes, model), given.inventory)
-        trial = Trial(_verify_text(verify_text), against, _settings(given, tokens))
+        trial = Trial(_verify_text(verify_text), against or [], _settings(given, tokens))
         with pipeline.equalised(given, equalise) as space:
             result = pipeline.auto(
                 space,

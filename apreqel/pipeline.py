@@ -114,14 +114,20 @@ def probe(
     texts: Sequence[Text],
     imatrix_file: Path | None = None,
     settings: ProbeSettings | None = None,
+    plain: bool = False,
 ) -> ProbedModel:
     """The sensitivity and its imatrix, measured or taken up where they were left.
 
     Plans along a ladder of sizes are tried as real files, so that totals are predicted as such
-    files measure.
+    files measure. Second moments come with the imatrix unless plans will be `plain`.
     """
     probed = measure(
-        space, texts=texts, settings=settings, effort=effort, imatrix_file=imatrix_file
+        space,
+        texts=texts,
+        settings=settings,
+        effort=effort,
+        imatrix_file=imatrix_file,
+        with_moments=not plain,
     )
     found, count = probed.sensitivity, _LADDER_FILES[effort.name]
     with FileBench(probed) as bench:
@@ -354,14 +360,13 @@ def verify(
     space: Workspace, path: Path, trial: Trial, expected: Plan | None = None
 ) -> VerificationReport:
     """Measure `path` beside the original and stock presets; the report is kept."""
-    against = trial.against or ()
-    require_presets(against)
+    require_presets(trial.against)
     if expected is not None:
         verification.check_types(path, expected.types)
     files = {"apreqel": path}
-    for i, preset in enumerate(against):
+    for i, preset in enumerate(trial.against):
         label = f"stock {preset.upper()}"
-        space.progress(f"building {label}", i, len(against))
+        space.progress(f"building {label}", i, len(trial.against))
         files[label] = build_preset(space, preset, require_probed_model(space).imatrix)
     report = verification.verify(space, files, text=trial.text, settings=trial.settings)
     if expected is not None:
@@ -373,7 +378,7 @@ def verify(
 
 def _verified_as(space: Workspace, path: Path, trial: Trial, made: Plan) -> Provenance:
     """Equal where verifying a plan's file would give the same again."""
-    digest, against = made.metadata["apreqel.plan"], list(trial.against or ())
+    digest, against = made.metadata["apreqel.plan"], list(trial.against)
     known = verification.provenance_of(space, trial.settings, trial.text)
     facts = {**known.settings, "file": str(path), "plan": digest, "against": against}
     return replace(known, settings=facts)
@@ -404,16 +409,15 @@ def auto(
     device: str | None = None,
 ) -> Everything:
     """Profile, probe, plan, quantise, verify: each only where it is missing or stale."""
-    require_presets(trial.against or ())
+    require_presets(trial.against)
     output = output or default_output(space, request.prefer)
     quantize.check_output(space.given, output, force or _ours(output) is not None)
     profile = load_named(device) if device else profile_of(space)
-    probed = probe(space, effort=effort, texts=texts)
+    probed = probe(space, effort=effort, texts=texts, plain=request.plain)
     made, plan_path = plan(probed, request, profile)
-    if trial.against is None:
-        is_of_its_size = request.prefer not in ("memory", "latency")
-        beside = probed.preset_of_size(made.size_bytes if is_of_its_size else None)
-        trial = replace(trial, against=[beside])
+    if not trial.against:
+        of_size = None if request.trades_damage else made.size_bytes
+        trial = replace(trial, against=[probed.preset_of_size(of_size)])
     found = _ours(output)
     if found is None or not _is_made_of(found, made):
         run_plan(

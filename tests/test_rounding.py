@@ -7,7 +7,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import data_bytes, divergences_of_files, measure, tensor_bytes, uniform
+from support import (
+    LITTLE,
+    SHORT,
+    data_bytes,
+    divergences_of_files,
+    measure,
+    tensor_bytes,
+    texts,
+    uniform,
+    workspace,
+)
 
 from apreqel import pipeline, quantize
 from apreqel.arrays import Floats
@@ -244,6 +254,10 @@ def test_moments_come_with_the_imatrix_or_in_passes_of_their_own(
     probed = measure(inventory, tmp_path / "parts", progress=lambda what, *_: passes.append(what))
     [folder] = (tmp_path / "parts").glob("moments-*")
     assert 0 < len(list(folder.glob("*.f32"))) < len(at_once)
+    # For plans that are plain there are none.
+    space = workspace(inventory, tmp_path / "plain")
+    pipeline.probe(space, effort=LITTLE, texts=texts(), settings=SHORT, plain=True)
+    assert not list((tmp_path / "plain").glob("moments-*"))
     assert "collecting second moments" not in passes
     for path in Rounding(probed).moments(types).values():
         assert path.parent == folder

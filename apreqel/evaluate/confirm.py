@@ -137,7 +137,7 @@ def _within(planner: Planner, most: float | None, bench: FileBench) -> _Attempt:
 
     Where damage is not what is traded for size or speed, a plan below the limit is left alone.
     """
-    nearest_enough = _NEAR if _trades_damage(planner) else 0.0
+    nearest_enough = _NEAR if planner.request.trades_damage else 0.0
     factor = 1.0
     found: list[tuple[float, float, _Attempt]] = []  # nats over the limit, factor, attempt
     for _ in range(_ROUNDS):
@@ -175,17 +175,12 @@ def _next_factor(found: Sequence[tuple[float, float]]) -> float:
     return float(factor * np.clip((aim / ratio) ** len(found), 0.4, 2.5))
 
 
-def _trades_damage(planner: Planner) -> bool:
-    """Whether damage, up to its limit, is given for size or speed."""
-    return planner.request.prefer in ("memory", "latency") and not planner.request.weights
-
-
 def _most_nats(planner: Planner, bench: FileBench) -> float | None:
     """The damage that must not be passed, in nats of a real run; None for no such limit."""
     most = planner.request.max_kld_nats
     if planner.damage.metric != "kld":
         return None  # real files are measured in KLD
-    if most is None and _trades_damage(planner):
+    if most is None and planner.request.trades_damage:
         stock = bench.measure(f"stock {planner.probed.default_preset}", planner.stock)
         return stock.kld.mean + planner.experts_nats
     return most

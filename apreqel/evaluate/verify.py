@@ -42,11 +42,11 @@ class VerifySettings:
 class Trial:
     """How a file is measured: on which text, and beside which stock presets.
 
-    None: `auto` takes the one that the plan is set against.
+    Where none is named `auto` takes the one that the plan is set against.
     """
 
     text: Text
-    against: Sequence[str] | None
+    against: Sequence[str]
     settings: VerifySettings
 
 

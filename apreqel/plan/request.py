@@ -63,6 +63,11 @@ class PlanRequest:
         return self.prefer == "accuracy" and not free
 
     @property
+    def trades_damage(self) -> bool:
+        """Whether damage, up to its limit, is given for size or speed."""
+        return self.prefer in ("memory", "latency") and not self.weights
+
+    @property
     def uses_profile(self) -> bool:
         """Whether timings of the device count, if there are any."""
         return self.needs_profile or self.is_as_fast_as_stock

@@ -179,7 +179,7 @@ def objective(
             rows, _ = parts[name]
             usual = options.sum_of(rows, stock)
             weighted = [w + weight * row / usual for w, row in zip(weighted, rows, strict=True)]
-    return weighted, "of stock Q4_K_M's costs, weighted"
+    return weighted, "of the stock preset's costs, weighted"
 
 
 def knee(

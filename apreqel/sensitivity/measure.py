@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -81,12 +82,13 @@ def measure(
     settings: ProbeSettings | None = None,
     effort: Effort = EFFORTS["normal"],
     imatrix_file: Path | None = None,
+    with_moments: bool = True,
 ) -> ProbedModel:
     """Collect the imatrix and probe every tensor, continuing what the work folder already holds.
 
-    Leaves `imatrix.gguf` and `sensitivity.json` there. One model load in all. A greater effort
-    builds on what a smaller one measured. Raises Interrupted on Ctrl-C with everything measured
-    saved, CalibrationError, EngineError, OutputError.
+    Leaves `imatrix.gguf` and `sensitivity.json` there; `with_moments` second moments, too. One
+    model load in all. A greater effort builds on what a smaller one measured. Raises Interrupted on
+    Ctrl-C with everything measured saved, CalibrationError, EngineError, OutputError.
     """
     settings = settings or ProbeSettings()
     facts = asdict(settings) | {
@@ -96,7 +98,7 @@ def measure(
     provenance = Provenance(space.sha256, build_info(), settings=facts, seed=settings.seed)
     found = resumable(space, provenance) or Sensitivity(provenance)
     if not _is_enough(found, effort):
-        run = _Run(space, settings, effort, found)
+        run = _Run(space, settings, effort, found, with_moments)
         space.progress(f"writing the scratch copy{paging_note(space.inventory)}", 0, 1)
         with scratch_copy(space) as scratch:
             run.source.check()
@@ -151,9 +153,14 @@ class _Run:
     """One measurement: `found` is the record so far, a new one with everything that is measured."""
 
     def __init__(
-        self, space: Workspace, settings: ProbeSettings, effort: Effort, found: Sensitivity
+        self,
+        space: Workspace,
+        settings: ProbeSettings,
+        effort: Effort,
+        found: Sensitivity,
+        with_moments: bool,
     ) -> None:
-        self.space, self.found = space, found
+        self.space, self.found, self._with_moments = space, found, with_moments
         self.source = FileMarks(space.inventory.files)
         self._settings, self._effort = settings, effort
         self._saved = time.monotonic()
@@ -225,15 +232,17 @@ class _Run:
         return imatrix, half
 
     def _collected(self, model: LoadedModel, fitting: TokenSet) -> tuple[Imatrix, Imatrix]:
-        """The imatrix of the text, and of every other chunk; second moments in the same pass."""
+        """The imatrix of the text, and of every other chunk; in the same pass second moments."""
         space, n = self.space, fitting.n_chunks
         collector = ImatrixCollector(n_matrices(space.inventory))
         first, second = (fitting.part(slice(start, None, 2)) for start in (0, 1))
-        with Moments(space, fitting).collected() as moments:
+        kept = Moments(space, fitting).collected() if self._with_moments else nullcontext()
+        with kept as moments:
 
             def listen(name: str, values: Floats, experts: Tokens | None) -> None:
                 collector(name, values, experts)
-                moments(name, values, experts)
+                if moments:
+                    moments(name, values, experts)
 
             with context_for(model, fitting, space.n_threads, listen) as context:
                 half = collect(context, collector, first, space.progress, 0, n)

@@ -188,7 +188,7 @@ class ProbedModel:
     def default_preset(self) -> str:
         """What a plan has to beat when nothing else is said: Q4_K_M, as most people use it.
 
-        Of a model that is hardly larger itself, the largest preset that makes it smaller.
+        Of a model that is hardly larger, the largest of the usual ones that makes it smaller.
         """
         most = _SMALLER * self.space.given.size_bytes
         fitting = (

@@ -178,4 +178,4 @@ class _Sums:
         damping = _DAMPING * float(np.median(diagonal[diagonal > 0])) / self._n_tokens
         moments[np.diag_indices(len(moments))] += damping + 1e-6 * diagonal / self._n_tokens
         sound = np.isfinite(moments).all() and np.diag(moments).min() > np.finfo(np.float32).tiny
-        return bytes(moments.astype(np.float32).tobytes()) if sound else b""
+        return moments.tobytes() if sound else b""
