@@ -93,6 +93,7 @@ ROOMS: dict[str, list[str]] = {
     "pipeline": [],
     "console": ["terminal", "inspect", "profile", "probe", "plan", "explain", "verify"],
     "arguments": [],
+    "commands": ["given", "measuring", "planning", "files"],
     "cli": [],
     "__main__": [],
 }

@@ -20,6 +20,7 @@ import pytest
 from support import COMMAND, apreqel, expect, uniform
 
 from apreqel import cli, errors
+from apreqel.commands.given import usual_settings
 from apreqel.__main__ import obituary, watched
 from apreqel.arrays import Floats
 from apreqel.model.inventory import read_inventory
@@ -440,4 +441,4 @@ def test_a_full_disk_behind_stdout_is_told(rows_576_model: Path) -> None:
 def test_auto_verifies_within_the_context_that_the_model_was_trained_for(tmp_path: Path) -> None:
     for trained, used in ((128, 128), (2048, 512)):
         inventory = read_inventory(models.build(tmp_path / f"{trained}.gguf", context=trained))
-        assert cli._settings(Workspace(inventory, "", tmp_path), 64).n_ctx == used
+        assert usual_settings(Workspace(inventory, "", tmp_path), 64).n_ctx == used
