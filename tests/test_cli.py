@@ -20,9 +20,9 @@ import pytest
 from support import COMMAND, apreqel, expect, uniform
 
 from apreqel import cli, errors
-from apreqel.commands.given import usual_settings
 from apreqel.__main__ import obituary, watched
 from apreqel.arrays import Floats
+from apreqel.commands.given import usual_settings
 from apreqel.model.inventory import read_inventory
 from apreqel.plan.request import size_from
 from apreqel.workspace import Workspace
