@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from apreqel.evaluate.presets import build_preset
 from apreqel.evaluate.real_files import FileBench, measured_files
 from apreqel.evaluate.refine import is_worthwhile, refined
 from apreqel.evaluate.verify import Trial, VerificationReport
+from apreqel.from_plan import default_output, load_plan, run_plan
 from apreqel.model import recipes
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.plan.cache_types import CACHES
@@ -47,7 +48,7 @@ from apreqel.sensitivity.measure import ProbeSettings, measure
 from apreqel.sensitivity.measurement import ProbedModel, require_probed_model
 from apreqel.sensitivity.rounding import Rounding
 from apreqel.sensitivity.texts import Text, bundled_texts
-from apreqel.workspace import HASH_FILE, PLAN_FILE, VERIFICATION_FILE, Workspace
+from apreqel.workspace import PLAN_FILE, VERIFICATION_FILE, Workspace
 
 # Plans along a ladder that probing tries as real files.
 _LADDER_FILES = {"quick": 0, "normal": 4, "thorough": 6}
@@ -129,12 +130,16 @@ def probe(
         imatrix_file=imatrix_file,
         with_moments=not plain,
     )
-    found, count = probed.sensitivity, _LADDER_FILES[effort.name]
     with FileBench(probed) as bench:
-        # Where --minutes cut probing short there is no time for files either.
-        if count and not found.cut_short:
-            measure_ladder(Planner(probed, damage_model(found)), bench, count)
+        _try_ladder(probed, effort, bench)
     return probed
+
+
+def _try_ladder(probed: ProbedModel, effort: Effort, bench: FileBench) -> None:
+    """As real files; where --minutes cut probing short there is no time for them either."""
+    found, count = probed.sensitivity, _LADDER_FILES[effort.name]
+    if count and not found.cut_short:
+        measure_ladder(Planner(probed, damage_model(found)), bench, count)
 
 
 # --- planning ------------------------------------------------------------------------------------
@@ -174,21 +179,19 @@ def plan(
     `refine` swaps around it are probed too, and a plan made from them is tried; None: where it has
     so few bits that tensors' damages interact.
     """
-    with _file_bench(probed, request, check) as bench:
-        planner = planner_of(probed, request, profile, metric)
-        return _plan(planner, bench, output or probed.space.folder / PLAN_FILE, refine)
+    with _file_bench(probed, request) if check else nullcontext() as bench:
+        planner, path = (
+            planner_of(probed, request, profile, metric),
+            output or probed.space.folder / PLAN_FILE,
+        )
+        return _plan(planner, bench, path, refine), path
 
 
-def _file_bench(
-    probed: ProbedModel, request: PlanRequest, check: bool
-) -> AbstractContextManager[FileBench | None]:
-    rounding = None if request.plain else Rounding(probed)
-    return FileBench(probed, rounding) if check else nullcontext()
+def _file_bench(probed: ProbedModel, request: PlanRequest) -> FileBench:
+    return FileBench(probed, None if request.plain else Rounding(probed))
 
 
-def _plan(
-    planner: Planner, bench: FileBench | None, path: Path, refine: bool | None
-) -> tuple[Plan, Path]:
+def _plan(planner: Planner, bench: FileBench | None, path: Path, refine: bool | None) -> Plan:
     space, request = planner.probed.space, planner.request
     if request.max_ram_bytes is not None:
         planner = replace(planner, caches=cache_sensitivity(space, bundled_texts()))
@@ -200,7 +203,7 @@ def _plan(
         made = _refined(planner, made, bench, asked=bool(refine))
     made = replace(made, notes=[*made.notes, *speed_notes(planner, made)])
     _write_plan(made, path, space.inventory)
-    return made, path
+    return made
 
 
 def _refined(planner: Planner, made: Plan, bench: FileBench, *, asked: bool) -> Plan:
@@ -248,32 +251,16 @@ def ladder(
     """`count` plans from small to nearly lossless, each written as `plan-ladder-N.json`."""
     space, made = probed.space, []
     planner = planner_of(probed, request, profile, metric)
-    with _file_bench(probed, request, check) as bench:  # the original is evaluated once
+    with _file_bench(probed, request) if check else nullcontext() as bench:  # one for all
         for i, size in enumerate(ladder_sizes(planner, count), 1):
             space.progress("planning", i - 1, count)
             if bench:
                 planner = replace(planner, damage=replace(planner.damage, files=bench.known.own))
             step = replace(request, prefer="accuracy", weights={}, max_size_bytes=int(size))
             planner = replace(planner, request=step)
-            made.append(_plan(planner, bench, space.folder / f"plan-ladder-{i}.json", False))
+            path = space.folder / f"plan-ladder-{i}.json"
+            made.append((_plan(planner, bench, path, False), path))
     return made
-
-
-# --- from a plan ---------------------------------------------------------------------------------
-
-
-def load_plan(path: Path) -> tuple[Plan, Inventory]:
-    """A plan and the model it was made for. Raises ArtifactError, ModelFileError."""
-    made = Plan.load(path)
-    return made, _given(path, made.model_files[0])
-
-
-def _given(plan: Path, model: str) -> Inventory:
-    if not Path(model).exists():
-        raise ModelFileError(
-            f"{plan}: its model {model} is gone; plan again where the model is now"
-        )
-    return read_inventory(Path(model))
 
 
 def explained(path: Path) -> tuple[Solved, Plan, Inventory]:
@@ -299,58 +286,6 @@ def explained(path: Path) -> tuple[Solved, Plan, Inventory]:
     solved = solve_request(planner, made.limit_factor)
     types = {CACHES: "/".join(made.cache_types)} if made.memory else {}
     return solved.with_types({**made.types, **types}), made, inventory  # as files decided
-
-
-def run_plan(
-    path: Path,
-    *,
-    output: Path | None,
-    n_threads: int,
-    force: bool,
-    allow_requantize: bool,
-    progress: Progress,
-) -> quantize.QuantizedModel:
-    """Quantise as planned in `path`, with the imatrix of the folder it was made in."""
-    made, inventory = load_plan(path)
-    folder, expected = Path(made.workdir), made.provenance.model_sha256
-    digest = artifacts.model_sha256(inventory.files, folder / HASH_FILE)
-    if digest != expected:
-        raise ArtifactError(
-            f"{path}: made for the model with SHA-256 {expected[:12]}, {inventory.files[0]} now "
-            f"has {digest[:12]}; plan again"
-        )
-    original = _given(path, made.original_files[0]) if made.original_files else None
-    space = Workspace(inventory, digest, folder, n_threads, progress=progress, original=original)
-    probed = require_probed_model(space)
-    if probed.sensitivity.imatrix_sha256 != made.imatrix_sha256:
-        raise ArtifactError(f"{folder}: does not hold the imatrix of {path.name}; plan again")
-    target = output or default_output(space, made.prefer)
-    quantize.check_output(space.given, target, force)
-    quantize.check_job(inventory, made.types, target, probed.imatrix, force, allow_requantize)
-    result = quantize.quantize_model(
-        inventory,
-        made.types,
-        target,
-        imatrix=probed.imatrix,
-        extra_metadata=made.extra_metadata(),
-        n_threads=n_threads,
-        force=force,
-        allow_requantize=allow_requantize,
-        moments=Rounding(probed).moments(made.types) if made.is_rounded else None,
-        progress=progress,
-    )
-    if result.size_bytes != made.size_bytes:
-        raise ApreqelError(
-            f"{result.path}: has {result.size_bytes} bytes, the plan said {made.size_bytes}"
-        )
-    return result
-
-
-def default_output(space: Workspace, prefer: str) -> Path:
-    """Beside the work folder: MODEL-apreqel-accuracy.gguf."""
-    folder = space.folder.absolute()
-    place = folder.parent.parent if space.original else folder.parent
-    return place / f"{space.given.files[0].stem}-apreqel-{prefer}.gguf"
 
 
 # --- measuring files -----------------------------------------------------------------------------
@@ -412,16 +347,18 @@ def auto(
     require_presets(trial.against)
     output = output or default_output(space, request.prefer)
     quantize.check_output(space.given, output, force or _ours(output) is not None)
-    profile = load_named(device) if device else profile_of(space)
-    probed = probe(space, effort=effort, texts=texts, plain=request.plain)
-    made, plan_path = plan(probed, request, profile)
+    profile = load_named(device) if device else profile_of(space, quick=effort.name == "quick")
+    probed = measure(space, texts=texts, effort=effort, with_moments=not request.plain)
+    with _file_bench(probed, request) as bench:  # the original is evaluated once
+        _try_ladder(probed, effort, bench)
+        made = _plan(planner_of(probed, request, profile), bench, space.folder / PLAN_FILE, None)
     if not trial.against:
         of_size = None if request.trades_damage else made.size_bytes
         trial = replace(trial, against=[probed.preset_of_size(of_size)])
     found = _ours(output)
     if found is None or not _is_made_of(found, made):
         run_plan(
-            plan_path,
+            space.folder / PLAN_FILE,
             output=output,
             n_threads=space.n_threads,
             force=force or found is not None,

@@ -124,7 +124,7 @@ def divergences_of_files(
 
 SHA = "0" * 64
 SHORT = ProbeSettings(fitting_chunks=4, probe_chunks=4, check_chunks=2, n_ctx=128)
-LITTLE = Effort("quick", 2, 0.5)
+LITTLE = Effort("normal", 2, 0.5)
 
 
 def texts() -> list[Text]:

@@ -90,6 +90,7 @@ ROOMS: dict[str, list[str]] = {
         "refine",
         "strategies",
     ],
+    "from_plan": [],
     "pipeline": [],
     "console": ["terminal", "inspect", "profile", "probe", "plan", "explain", "verify"],
     "arguments": [],

@@ -19,7 +19,7 @@ from support import (
 from apreqel import pipeline, quantize
 from apreqel.errors import ArtifactError, OutputError
 from apreqel.evaluate import confirm, refine
-from apreqel.evaluate.confirm import better, confirmed_plan, measure_ladder
+from apreqel.evaluate.confirm import better, confirmed_plan, measure_ladder, rival_maps
 from apreqel.evaluate.real_files import FileBench, measured_files
 from apreqel.llama.engine import LoadedModel
 from apreqel.model.inventory import read_inventory
@@ -256,6 +256,8 @@ def test_few_bits_are_refined_unasked(probed: ProbedModel, monkeypatch: pytest.M
         pipeline.plan(probed, few.request, None, refine=True)
     quick = planner_of(with_effort(probed, "quick"), request=few.request)
     assert not refine.is_worthwhile(quick, planned(few))
+    labels = [label for label, _ in rival_maps(quick, solve_request(quick))]
+    assert labels == ["least output error"]
 
 
 def test_ladder_tells_how_damages_add_up(probed: ProbedModel) -> None:

@@ -6,6 +6,7 @@ import json
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count, cycle
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from support import attention, made_up, uniform
 
 from apreqel.device import machine as device
-from apreqel.device import memory, profile, real_runs, rounds, store, threads, timing
+from apreqel.device import memory, profile, profiling, real_runs, rounds, store, threads, timing
 from apreqel.device.machine import doubts
 from apreqel.device.profile import DeviceProfile, ThreadTuning
 from apreqel.device.real_runs import RealRun
@@ -243,6 +244,22 @@ def test_a_known_shape_is_not_timed_again(
     again = timing.measure_profile(space, known=measured, types=list(measured.kernels))
     assert again.kernels == measured.kernels
     assert not any("Q8_0" in what and "llama.cpp" not in what for what in said)
+
+
+def test_a_quick_profile_is_measured_anew_where_more_is_wanted(
+    rows_576_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setattr(
+        profiling.timing, "measure_profile", partial(timing.measure_profile, types=["F16", "Q8_0"])
+    )
+    monkeypatch.setattr(DeviceProfile, "is_complete", DeviceProfile.covers)
+    inventory = read_inventory(rows_576_model)
+    space = Workspace(inventory, "", tmp_path, 1)
+    quick = profiling.profile_of(space, quick=True)
+    assert quick.n_rounds(inventory) == 3 and profiling.profile_of(space, quick=True) == quick
+    usual = profiling.profile_of(space)
+    assert usual.n_rounds(inventory) >= 5 and profiling.profile_of(space, quick=True) == usual
 
 
 # --- predictions in closed form ------------------------------------------------------------------

@@ -206,8 +206,19 @@ def test_ratios_are_measured_once(probed: ProbedModel, monkeypatch: pytest.Monke
         assert all(0 < ratio < 1.2 for ratio in row.values())
         assert row or tensor.role == "token_embd"  # where it is looked up only
     assert np.median([r for row in found.ratios.values() for r in row.values()]) < 0.95
-    monkeypatch.setattr(Rounding, "_measured_ratios", lambda self: pytest.fail("measured again"))
+    monkeypatch.setattr(Rounding, "_measured_ratios", lambda *_: pytest.fail("measured again"))
     assert Rounding(with_threads(probed, 1)).ratios() == found
+    # What is known better does for a quick plan, too; a quick one's own is kept apart.
+    quick = replace(probed, sensitivity=replace(probed.sensitivity, effort="quick"))
+    assert Rounding(quick).ratios() == found
+    kept = Rounding(probed)._moments.folder / "ratios.json"
+    kept.rename(kept.with_suffix(".away"))
+    monkeypatch.undo()
+    fewer = Rounding(quick).ratios()
+    assert not kept.exists() and fewer != found
+    for name, row in fewer.ratios.items():
+        assert list(row.values()) == pytest.approx(list(found.ratios[name].values()), abs=0.3)
+    kept.with_suffix(".away").rename(kept)
 
 
 def test_tensors_without_second_moments_are_left_to_ggml(

@@ -28,11 +28,11 @@ def quantize(
     quiet: arg.Quiet = False,
 ) -> None:
     """Write the GGUF of a plan, then re-read it and check every tensor."""
-    from apreqel import pipeline
     from apreqel.console import verify as view
     from apreqel.device.threads import default_threads
+    from apreqel.from_plan import run_plan
 
-    result = pipeline.run_plan(
+    result = run_plan(
         plan,
         output=output,
         n_threads=threads or default_threads(),
@@ -136,7 +136,8 @@ def auto(
     effort, calibration = effort_from(wishes.effort, wishes.minutes), calibration_texts(text)
     with workspace(model, workdir, threads, allow_requantize, quiet) as given:
         request = request_of(without_own_type(wishes, model), given.inventory)
-        trial = Trial(text_to_verify(verify_text), against or [], usual_settings(given, tokens))
+        settings = usual_settings(given, tokens, quick=effort.name == "quick")
+        trial = Trial(text_to_verify(verify_text), against or [], settings)
         with pipeline.equalised(given, equalise) as space:
             result = pipeline.auto(
                 space,

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from apreqel.sensitivity.texts import Text
     from apreqel.workspace import Workspace
 
+# Of timing, where all is to be quick.
+_QUICK_REPETITIONS = 3
+
 
 def workspace(
     model: str, workdir: Path | None, threads: int | None, allow_requantize: bool, quiet: bool
@@ -56,12 +59,18 @@ def text_to_verify(path: Path | None) -> Text:
     return read_text(path) if path else heldout_text()
 
 
-def usual_settings(space: Workspace, tokens: int, with_speed: bool = True) -> VerifySettings:
+def usual_settings(
+    space: Workspace, tokens: int, *, with_speed: bool = True, quick: bool = False
+) -> VerifySettings:
     """For commands that leave the context to us: no more than the model was trained for."""
     from apreqel.evaluate.verify import VerifySettings
 
-    n_ctx = min(VerifySettings.n_ctx, space.inventory.context_length or VerifySettings.n_ctx)
-    return VerifySettings(n_ctx=n_ctx, n_scored=tokens, with_speed=with_speed)
+    usual = VerifySettings(n_scored=tokens, with_speed=with_speed)
+    return replace(
+        usual,
+        n_ctx=min(usual.n_ctx, space.inventory.context_length or usual.n_ctx),
+        repetitions=_QUICK_REPETITIONS if quick else usual.repetitions,
+    )
 
 
 def expected_of(

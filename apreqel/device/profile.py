@@ -163,6 +163,12 @@ class DeviceProfile(Record):
         timed = head_shape(inventory) is None or self.times_caches(inventory)
         return self.covers(inventory) and timed
 
+    def n_rounds(self, inventory: Inventory) -> int:
+        """In how many rounds the model's products were read, at least; 0 where none was."""
+        keys = {shape.key for shape in shapes_of(inventory)}
+        timed = [k for by_key in self.kernels.values() for key, k in by_key.items() if key in keys]
+        return min((kernel.decode.count for kernel in timed), default=0)
+
     def overhead(self, inventory: Inventory) -> Overhead:
         """The model's own; where it was not profiled, none, and a wide error."""
         return self.overheads.get(inventory.shape_digest, _NO_OVERHEAD)

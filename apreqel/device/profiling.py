@@ -16,10 +16,11 @@ from apreqel.progress import Progress
 from apreqel.workspace import Workspace, opened
 
 
-def profile_of(space: Workspace, *, again: bool = False) -> DeviceProfile:
+def profile_of(space: Workspace, *, again: bool = False, quick: bool = False) -> DeviceProfile:
     """This device's profile with this model in it: the stored one, completed where it lacks.
 
-    Raises LockedError where another apreqel is timing: two would disturb each other.
+    A `quick` one is measured in fewer rounds, and anew where more are wanted later. Raises
+    LockedError where another apreqel is timing: two would disturb each other.
     """
     with artifacts.lock(store_folder() / ".lock"):
         tuning = None
@@ -27,10 +28,12 @@ def profile_of(space: Workspace, *, again: bool = False) -> DeviceProfile:
             tuning = tune_threads(space)
             space = replace(space, n_threads=tuning.n_threads)
         known = stored_profile(space.n_threads)
+        again |= bool(known and not quick and timing.was_quick(known, space.inventory))
         if known and not again and known.is_complete(space.inventory):
             measured = known
         else:
-            measured = timing.measure_profile(space, known=None if again else known)
+            earlier = None if again else known
+            measured = timing.measure_profile(space, known=earlier, quick=quick)
             measured = known.merged(measured) if known else measured
         if tuning:
             measured = measured.with_tuning(tuning)

@@ -34,11 +34,13 @@ from apreqel.model.qtypes import lookup
 if TYPE_CHECKING:
     from apreqel.device.real_runs import RealRun
     from apreqel.llama.kernels import TimedRun
+    from apreqel.model.inventory import Inventory
     from apreqel.workspace import Workspace
 
 # Accepted at this coefficient of variation; otherwise measured in further rounds, then flagged.
 _ACCEPTED_VARIATION = 0.03
 _LEAST_ROUNDS, _MOST_ROUNDS = 5, 8
+_QUICK_ROUNDS = 3
 # Further rounds for unsteady readings are over by then: where a machine is always noisy (here 90 of
 # 90 readings were above 3% after eight rounds) flags serve better than minutes.
 _FURTHER_ROUNDS_SECONDS = 190.0
@@ -71,11 +73,13 @@ def measure_profile(
     types: Sequence[str] | None = None,
     also: Mapping[str, Path] | None = None,
     also_runs: dict[str, RealRun] | None = None,
+    quick: bool = False,
 ) -> DeviceProfile:
     """Time every type that this llama.cpp has, on the shapes of the model.
 
     `known` is an earlier profile of this device: only what it lacks is measured. `also` names files
-    to be run in the same rounds; their median runs are put into `also_runs`. Raises EngineError.
+    to be run in the same rounds; their median runs are put into `also_runs`. `quick`: in fewer
+    rounds, however unsteady. Raises EngineError.
     """
     device, fingerprint = this_device()
     with tempfile.TemporaryDirectory(prefix="profile-", dir=space.folder) as folder:
@@ -89,12 +93,18 @@ def measure_profile(
             real_runs.PROMPT_TOKENS,
             {},
         )
-        run = _Measurement(space, device, also or {}, real_runs.prompt_tokens(space.inventory))
+        n_prompt = real_runs.prompt_tokens(space.inventory)
+        run = _Measurement(space, device, also or {}, n_prompt, quick)
         with pinned(space.n_threads):
             measured = run.measure(known, types)
         if also_runs is not None:
             also_runs.update({label: run.real(label) for label in run.also})
     return measured
+
+
+def was_quick(profile: DeviceProfile, inventory: Inventory) -> bool:
+    """Whether the model's products were read in fewer rounds than usual."""
+    return 0 < profile.n_rounds(inventory) < _LEAST_ROUNDS
 
 
 @dataclass
@@ -105,9 +115,11 @@ class _Measurement:
     device: Device
     also: Mapping[str, Path]
     n_prompt: int
+    quick: bool
     decode: Rounds = field(default_factory=Rounds)
     prefill: Rounds = field(default_factory=Rounds)
     layouts: dict[tuple[str, str], str] = field(default_factory=dict)
+    tokens: dict[tuple[str, str], int] = field(default_factory=dict)  # of a prompt's product
     anchors: dict[str, Mapping[str, str]] = field(default_factory=dict)  # types by label
     sampling: list[float] = field(default_factory=list)
     patience: int = _DISTURBED_IN_ALL
@@ -116,9 +128,10 @@ class _Measurement:
         inventory, progress = self.space.inventory, self.space.progress
         missing = everything = self._missing(known, types)
         started, without_also = time.monotonic(), 0.0
-        for i in range(_MOST_ROUNDS):
+        least = _QUICK_ROUNDS if self.quick else _LEAST_ROUNDS
+        for i in range(least if self.quick else _MOST_ROUNDS):
             began = time.monotonic()
-            progress(f"timing, round {i + 1}", i, max(_LEAST_ROUNDS, i + 1))
+            progress(f"timing, round {i + 1}", i, max(least, i + 1))
             self.decode.start()
             self.prefill.start()
             self._round(missing)
@@ -130,7 +143,7 @@ class _Measurement:
             without_also += seconds
             for label, path in self.also.items():
                 self._real_run(label, path)
-            if i + 1 >= (_LEAST_ROUNDS if everything else _ROUNDS_OF_RUNS_ALONE):
+            if i + 1 >= (least if everything else _ROUNDS_OF_RUNS_ALONE):
                 missing = {
                     name: shapes
                     for name, shapes in missing.items()
@@ -175,8 +188,9 @@ class _Measurement:
         cycles, wanted = (_DECODE_CYCLES, _PREFILL_CYCLES), _PREFILL_SECONDS
         if "/" in name:
             cycles, wanted = _ATTENTION_CYCLES, _ATTENTION_SECONDS / CACHED_TOKENS
-        prompts = [(run, self._prefill_tokens(run, wanted)) for run in runs.values()]
-        for run in runs.values():
+        prompts = [(r, self._prefill_tokens(name, shape, r, wanted)) for shape, r in runs.items()]
+        for run, n_tokens in prompts:  # brings everything in
+            run.seconds(n_tokens, 1)
             run.seconds(1)
 
         def read() -> tuple[list[list[float]], list[list[float]]]:
@@ -202,15 +216,17 @@ class _Measurement:
             time.sleep(_COOL_DOWN_SECONDS if "throttled" in watch.reasons else 0.2)
         return result, watch.reasons
 
-    def _prefill_tokens(self, run: TimedRun, seconds: float) -> int:
-        """So many that one product takes about `seconds`; at most a whole prompt."""
-        if self.n_prompt <= _LEAST_PREFILL_TOKENS:
-            return self.n_prompt
-        run.seconds(_LEAST_PREFILL_TOKENS, 1)
-        times = int(seconds / run.seconds(_LEAST_PREFILL_TOKENS, 1))
-        tokens = max(_LEAST_PREFILL_TOKENS, min(self.n_prompt, times * _LEAST_PREFILL_TOKENS))
-        run.seconds(tokens, 1)
-        return tokens
+    def _prefill_tokens(self, name: str, shape: Shape, run: TimedRun, seconds: float) -> int:
+        """So many that one product takes about `seconds`, in all rounds; at most a whole prompt."""
+        pair = name, shape.key
+        if pair not in self.tokens and self.n_prompt <= _LEAST_PREFILL_TOKENS:
+            self.tokens[pair] = self.n_prompt
+        elif pair not in self.tokens:
+            run.seconds(_LEAST_PREFILL_TOKENS, 1)
+            times = int(seconds / run.seconds(_LEAST_PREFILL_TOKENS, 1))
+            tokens = max(_LEAST_PREFILL_TOKENS, times * _LEAST_PREFILL_TOKENS)
+            self.tokens[pair] = min(self.n_prompt, tokens)
+        return self.tokens[pair]
 
     def _kernel(self, name: str, shape: Shape) -> Kernel:
         """As it was read in the rounds so far."""
@@ -281,8 +297,9 @@ class _Measurement:
         rest = max(0.0, decode[1] - attention * half_generated)
         prefill = fit_overhead([a.prefill_kernels for a in rows], [a.prefill for a in rows])
         fits = decode[0], rest, decode[2], *prefill
-        label, types = next(iter(self.anchors.items()))
-        path, sampling = self._anchor_file(label), median(self.sampling)
+        fastest = min(anchors, key=lambda label: anchors[label].prefill)
+        path, sampling = self._anchor_file(fastest), median(self.sampling)
+        types = self.anchors[fastest]
         memory = measure_rest(profile, inventory, types, path, self.space.progress)
         return Overhead(inventory.name, *fits, attention, sampling, anchors, *memory)
 

@@ -126,7 +126,7 @@ def measure_ladder(planner: Planner, bench: FileBench, count: int) -> None:
     for n_bytes in np.linspace(*_LADDER_BITS, count + 2)[1:-1] * n_weights / 8:
         if n_bytes > least:
             solution = solve(options.damages, [Limit("size", options.sizes, float(n_bytes))])
-            bench.measure("ladder", inventory.types | options.types_of(solution))
+            bench.measure("ladder", inventory.types | options.types_of(solution), plain=True)
 
 
 # --- limits on damage ----------------------------------------------------------------------------
@@ -192,7 +192,7 @@ def _most_nats(planner: Planner, bench: FileBench) -> float | None:
 def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str, str]]]:
     """Maps of no more bytes: of least output error, the best stock one, the best uniform one.
 
-    Best by predicted damage, of weights as ggml rounds them.
+    Best by predicted damage, of weights as ggml rounds them. After quick probing only the first.
     """
     options = without_caches(solved.options)
     as_they_are = options.rows(lambda name, t: planner.damage.damage(name, t, plain=True).nats)
@@ -202,6 +202,8 @@ def rival_maps(planner: Planner, solved: Solved) -> Iterator[tuple[str, dict[str
     if CACHES not in solved.options.names:
         limits += [li for li in solved.limits if li.costs is not solved.options.damages]
     yield "least output error", planner.inventory.types | least_error(planner, options, limits)
+    if planner.probed.sensitivity.effort == "quick":
+        return
     for kind, maps in stock_and_uniform(planner, options).items():
         if best := best_fitting(maps, options, data_bytes):
             yield f"{kind} {best}", planner.inventory.types | maps[best]

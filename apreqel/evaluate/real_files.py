@@ -103,9 +103,14 @@ class FileBench(AbstractContextManager["FileBench"]):
         self._text = None
         self._stack.close()
 
-    def measure(self, label: str, types: Mapping[str, str]) -> FileMeasurement:
-        """Write the file, compare it with the original, delete it. Raises EngineError."""
-        rounding = self._rounding if label in _OWN else None
+    def measure(
+        self, label: str, types: Mapping[str, str], *, plain: bool = False
+    ) -> FileMeasurement:
+        """Write the file, compare it with the original, delete it. Raises EngineError.
+
+        `plain`: as ggml rounds it, whatever the bench was made with.
+        """
+        rounding = self._rounding if label in _OWN and not plain else None
         key = f"{map_key(types)} {VERSION if rounding else 0}"
         known = self.known.files.get(key)
         found = replace(known or self._measured(label, types, rounding), label=label)

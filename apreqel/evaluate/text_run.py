@@ -15,8 +15,14 @@ import numpy as np
 from apreqel.artifacts import require_space
 from apreqel.errors import EngineError, UnsupportedModelError, VerificationError
 from apreqel.llama.engine import Context, LoadedModel
-from apreqel.sensitivity.bench import ReferenceRun, compared, evaluated, sequences_at_once
-from apreqel.sensitivity.metrics import Comparison, Reference
+from apreqel.sensitivity.bench import (
+    ReferenceRun,
+    compared,
+    evaluated,
+    one_thread_a_product,
+    sequences_at_once,
+)
+from apreqel.sensitivity.metrics import Comparison, Reference, compare
 from apreqel.sensitivity.texts import TokenSet
 from apreqel.workspace import Workspace
 
@@ -47,6 +53,7 @@ def on_text(
     """
     space.folder.mkdir(parents=True, exist_ok=True)
     with (
+        one_thread_a_product(),
         TemporaryDirectory(prefix="text-", dir=space.folder) as scratch,
         ThreadPoolExecutor(space.n_threads) as pool,
     ):
@@ -75,6 +82,11 @@ class OnText:
     @property
     def tokens(self) -> TokenSet:
         return self.reference.tokens
+
+    def original(self) -> Comparison:
+        """The original against itself: its losses, for nothing needs to be evaluated again."""
+        rows, following = self.reference.rows, self.tokens.next_tokens.reshape(-1)
+        return compare(rows.logits, rows, following, self.pool)
 
     def compare(self, path: Path, shown: str = "") -> Comparison:
         """Raises EngineError (NaN, or it does not load), VerificationError for another model."""

@@ -159,10 +159,11 @@ def verify(
 
     with on_text(space, cut, settings.n_ctx) as text_run:
         tokens = text_run.tokens
-        for i, (label, path) in enumerate(paths.items()):
-            space.progress(f"evaluating {label}", i, len(paths))
+        results.append(text_run.original())
+        for i, (label, path) in enumerate(files.items()):
+            space.progress(f"evaluating {label}", i, len(files))
             results.append(text_run.compare(path))
-    space.progress("evaluating", len(paths), len(paths))
+    space.progress("evaluating", len(files), len(files))
     speeds = _speeds(space, list(paths.values()), settings)
     rows = zip(paths, inventories, results, speeds, strict=True)
     measured = [_measured(*row, tokens.n_chunks) for row in rows]

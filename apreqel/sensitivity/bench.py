@@ -16,6 +16,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from apreqel.arrays import Bytes, Floats, Reals, Whole
 from apreqel.artifacts import require_space
@@ -75,6 +76,16 @@ def compared(context: Context, reference: ReferenceRun, pool: ThreadPoolExecutor
             for rows, logits in evaluated(context, reference.tokens)
         ]
     )
+
+
+def one_thread_a_product() -> AbstractContextManager[object]:
+    """For what shares products out over threads itself, in turns with llama.cpp.
+
+    The threads of numpy's linear algebra spin for a while after each product, on cores that others
+    need: output errors of SmolLM2-135M took 40 and 33 s so and 54 and 49 s without, a probe 1.34
+    and 1.25 s and 1.52 and 1.38 s (two cores).
+    """
+    return threadpool_limits(1, "blas")  # type: ignore[no-any-return]
 
 
 def context_for(
@@ -295,6 +306,7 @@ def opened_bench(
 ) -> Iterator[ProbeBench]:
     """A bench on the loaded scratch copy, for chunks as long as those of `tokens`."""
     with (
+        one_thread_a_product(),
         context_for(model, tokens, space.n_threads) as context,
         closing(ProbeBench(space.inventory, scratch, context, space.n_threads, imatrix)) as bench,
     ):

@@ -31,6 +31,7 @@ from apreqel.sensitivity.texts import fitting_set
 
 # What it gives is measured on so many rows and tokens: the ratio of errors on the same ones.
 _RATIO_ROWS, _RATIO_TOKENS = 64, 384
+_QUICK_ROWS = 24
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,19 @@ class Rounding:
     def ratios(self) -> RoundingRatios:
         """Measured on a sample of rows, and of text that nothing was fitted on; kept.
 
+        On fewer rows where probing was quick, too.
+
         Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
-        path = self._moments.folder / "ratios.json"
-        found = RoundingRatios.load_same(path, self._probed.provenance)
+        is_quick = self._probed.sensitivity.effort == "quick"
+        thorough, quick = (self._moments.folder / n for n in ("ratios.json", "ratios-quick.json"))
+        provenance = self._probed.provenance
+        found = RoundingRatios.load_same(thorough, provenance)
+        if found is None and is_quick:
+            found = RoundingRatios.load_same(quick, provenance)
         if found is None:
-            found = self._measured_ratios()
-            found.save(path)
+            found = self._measured_ratios(_QUICK_ROWS if is_quick else _RATIO_ROWS)
+            found.save(quick if is_quick else thorough)
         return found
 
     def _is_rounded(self, tensor: Tensor, type_name: str) -> bool:
@@ -79,7 +86,7 @@ class Rounding:
         changes = type_name in ROUNDED_TYPES and type_name != tensor.qtype.name
         return changes and tensor.n_experts == 1
 
-    def _measured_ratios(self) -> RoundingRatios:
+    def _measured_ratios(self, n_rows: int) -> RoundingRatios:
         errors = {n: t.errors.weights for n, t in self._probed.sensitivity.tensors.items()}
         qtypes = {
             t.name: rounded
@@ -95,7 +102,7 @@ class Rounding:
             if name in qtypes and name not in found:
                 self._space.progress("measuring what rounding gives", len(found), len(qtypes))
                 x = values.reshape(-1, values.shape[-1])
-                found[name] = self._ratios_of(name, qtypes[name], x)
+                found[name] = self._ratios_of(name, qtypes[name], x, n_rows)
 
         with (
             LoadedModel(self._space.model, patchable=True) as model,
@@ -105,7 +112,9 @@ class Rounding:
         self._source_files.check()
         return RoundingRatios(self._probed.provenance, {n: found.get(n, {}) for n in qtypes})
 
-    def _ratios_of(self, name: str, qtypes: Sequence[QuantType], x: Floats) -> dict[str, float]:
+    def _ratios_of(
+        self, name: str, qtypes: Sequence[QuantType], x: Floats, n_rows: int
+    ) -> dict[str, float]:
         """Of one tensor's types, on activations `x` [tokens, row length]."""
         tensor = self._inventory.by_name[name]
         path = self._moments.path(tensor)
@@ -113,7 +122,7 @@ class Rounding:
             return {}
         random = np.random.default_rng(0)
         x = x[sample(random, len(x), _RATIO_TOKENS)]
-        weights = read_weights(self._inventory, name, sample(random, tensor.n_rows, _RATIO_ROWS))
+        weights = read_weights(self._inventory, name, sample(random, tensor.n_rows, n_rows))
         importance = self._probed.imatrix.weights(name)
         folder, n_threads = self._space.folder, self._space.n_threads
         after = rounded_rows(weights, qtypes, importance, path, folder, n_threads)

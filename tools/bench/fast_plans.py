@@ -19,6 +19,7 @@ from apreqel.device.profiling import profile_of
 from apreqel.evaluate import verify
 from apreqel.evaluate.presets import build_preset
 from apreqel.evaluate.real_files import FileBench
+from apreqel.from_plan import run_plan
 from apreqel.plan.request import PlanRequest, parse_workload
 from apreqel.sensitivity.measurement import require_probed_model
 from apreqel.sensitivity.texts import read_text
@@ -71,7 +72,7 @@ def main() -> None:
                 plan_path = space.folder / f"{label}.json"
                 pipeline.plan(probed, wish, profile, output=plan_path)
                 files[label] = space.folder / f"{label}-{preset}.gguf"
-                pipeline.run_plan(
+                run_plan(
                     plan_path,
                     output=files[label],
                     n_threads=space.n_threads,
