@@ -16,7 +16,10 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves `folder` as `repository`. `cut`: files whose first answer is broken off half-way."""
+    """Serves `folder` as `repository`.
+
+    `cut`: files whose first answer is broken off half-way; `stalled`: those that stop there.
+    """
 
     daemon_threads = True
 
@@ -25,6 +28,8 @@ class Hub(ThreadingHTTPServer):
         self.folder, self.repository = folder, repository
         self.commit, self.is_gated, self.is_private = COMMIT, False, False
         self.cut: set[str] = set()
+        self.stalled: set[str] = set()
+        self.is_stalling, self.is_closing = threading.Event(), threading.Event()
         self.asked: list[tuple[str, str, str | None]] = []  # method, path, range
         self.tokens: set[str | None] = set()
 
@@ -47,6 +52,7 @@ def serving(folder: Path, repository: str) -> Iterator[Hub]:
         try:
             yield hub
         finally:
+            hub.is_closing.set()
             hub.shutdown()
             thread.join()
 
@@ -124,6 +130,11 @@ class _Answer(BaseHTTPRequestHandler):
             if path.name in self.server.cut:
                 self.server.cut.remove(path.name)
                 part, self.close_connection = part[: len(part) // 2], True
+            if path.name in self.server.stalled:
+                self.wfile.write(part[: len(part) // 2])
+                self.server.is_stalling.set()
+                self.server.is_closing.wait()
+                return None
             self.wfile.write(part)
         return None
 

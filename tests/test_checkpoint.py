@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import struct
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,13 +24,17 @@ import pytest
 from hub import COMMIT, Hub, serving
 from support import COMMAND, log_probabilities, tensor_bytes
 
+from apreqel.checkpoint import run_converter
 from apreqel.checkpoint.converter import converter_folder
-from apreqel.checkpoint.hub import Repository, repository_named
+from apreqel.checkpoint.hub import Repository, download, look_up, repository_named
 from apreqel.checkpoint.process import Ended
+from apreqel.checkpoint.source import checkpoint_source
 from apreqel.checkpoint.weights import read_weights
 from apreqel.errors import DownloadError, ModelFileError
 from apreqel.llama.engine import LoadedModel
+from apreqel.pipeline import default_output
 from apreqel.progress import silent
+from apreqel.workspace import opened
 
 HAS_EXTRA = all(find_spec(name) for name in ("torch", "transformers", "sentencepiece"))
 needs_extra = pytest.mark.skipif(not HAS_EXTRA, reason="the extra hf is not installed")
@@ -190,9 +196,8 @@ def test_weights_and_logits_are_those_of_the_checkpoint(
             assert rows.tobytes() == values
     with LoadedModel(gguf) as model, model.context(40, 1, 2) as context:
         tokens = np.arange(5, 45, dtype=np.int32)[None]
-        logits = context.evaluate(tokens, np.arange(40))
+        q = log_probabilities(context.evaluate(tokens, np.arange(40)[None]))
     p = log_probabilities(np.load(checkpoints / f"{precision}.npy"))
-    q = log_probabilities(logits)
     assert (np.exp(p) * (p - q)).sum(axis=1).max() < nats
 
 
@@ -208,6 +213,12 @@ def test_a_conversion_is_kept_until_the_checkpoint_changes(
     done = run("inspect", f"{checkpoint}/")
     assert done.returncode == 0 and "converting" not in done.stderr
     assert gguf.stat().st_ino == first.st_ino
+    # What is measured lies there too, and what is made of it beside the checkpoint.
+    source = checkpoint_source(str(checkpoint), None, silent)
+    assert source is not None and (source.file, source.workdir) == (gguf, folder)
+    with opened(str(gguf), source.workdir, allow_requantize=False) as space:
+        output = tmp_path / "tiny-BF16-apreqel-accuracy.gguf"
+        assert default_output(space, "accuracy") == output
     # A file that is not read changes nothing; one that is does.
     (checkpoint / "notes.py").write_text("raise SystemExit")
     assert "converting" not in run("inspect", checkpoint).stderr
@@ -222,32 +233,32 @@ def test_a_conversion_is_kept_until_the_checkpoint_changes(
 
 
 @needs_extra
-def test_measurements_and_files_lie_beside_the_checkpoint(
-    checkpoint: Path, converter: Path, tmp_path: Path
-) -> None:
-    options = "--effort", "quick", "--no-equalise", "--plain", "--unchecked", "--max-kld", "9"
-    done = run("plan", checkpoint, *options, "--json")
-    assert done.returncode == 0, done.stderr
-    plan = tmp_path / "tiny.apreqel" / "plan.json"
-    done = run("quantize", plan, "--json")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "tiny-BF16-apreqel-accuracy.gguf").exists()
-
-
-@needs_extra
-def test_code_of_a_checkpoint_is_not_run(checkpoint: Path, converter: Path, tmp_path: Path) -> None:
-    # Qwen's first models: there the converter trusts the tokenizer's own code.
-    ran = tmp_path / "ran"
-    (checkpoint / "own.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Own: pass\n")
-    own = {"AutoTokenizer": ["own.Own", None], "AutoConfig": "own.Own"}
-    (checkpoint / "tokenizer_config.json").write_text(
-        json.dumps({"tokenizer_class": "Own", "auto_map": own})
+def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    ran, own = tmp_path / "ran", tmp_path / "own"
+    own.mkdir()
+    (own / "own.py").write_text(
+        f"from transformers import LlamaConfig\nopen({str(ran)!r}, 'w').close()\n"
+        "class Own(LlamaConfig):\n    model_type = 'own'\n"
     )
-    config = json.loads((checkpoint / "config.json").read_text())
-    changed = {**config, "architectures": ["QWenLMHeadModel"], "model_type": "qwen"}
-    (checkpoint / "config.json").write_text(json.dumps({**changed, "auto_map": own}))
-    refused(4, "custom code", "inspect", checkpoint)
-    assert not ran.exists()
+    config = {"model_type": "own", "auto_map": {"AutoConfig": "own.Own"}}
+    (own / "config.json").write_text(json.dumps(config))
+    # A converter that asks for it, as llama.cpp's does for some tokenizers.
+    script = tmp_path / "converter.py"
+    script.write_text(
+        "import sys\nfrom transformers import AutoConfig\n"
+        "AutoConfig.from_pretrained(sys.argv[1], trust_remote_code=True)\n"
+    )
+
+    def ended(*command: Path) -> Ended:
+        done = subprocess.run(
+            [sys.executable, *command, own], capture_output=True, text=True,
+            env={**os.environ, "HF_HOME": str(tmp_path)},
+        )  # fmt: skip
+        return Ended(done.returncode, done.stdout, done.stderr)
+
+    shut_out = ended(Path(run_converter.__file__), script)
+    assert shut_out.code and "custom code" in shut_out.last_words() and not ran.exists()
+    assert ended(script).code == 0 and ran.exists()  # that is what would be
 
 
 @needs_extra
@@ -411,13 +422,11 @@ def test_a_model_of_the_hub(hub: Hub, converter: Path, tmp_path: Path) -> None:
     variables = {
         "HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(cache)
     }  # fmt: skip
-    hub.cut = {"model.safetensors"}  # goes on where it was cut
     done = run("inspect", "org/tiny", cwd=work, **variables)
     assert done.returncode == 0, done.stderr
     assert "downloading org/tiny" in done.stderr and "Traceback" not in done.stderr
-    whole, rest = hub.fetched("model.safetensors")
-    assert whole is None and rest is not None
-    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert hub.fetched("model.safetensors") == [None]
+    assert f"Bearer {TOKEN}" in hub.tokens
     for never in ("pytorch_model.bin", "own.py"):
         assert not hub.fetched(never)
     gguf = cache / "apreqel" / "checkpoints" / "org--tiny" / COMMIT / "tiny-BF16.gguf"
@@ -442,6 +451,44 @@ def test_a_model_of_the_hub(hub: Hub, converter: Path, tmp_path: Path) -> None:
     # A folder of that name is the folder.
     (work / "org" / "tiny").mkdir(parents=True)
     refused(3, "org/tiny: is a folder with neither", "inspect", "org/tiny", cwd=work, **variables)
+
+
+@needs_hub
+def test_a_download_that_is_cut_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    served, name = tmp_path / "served", "model.safetensors"
+    served.mkdir()
+    (served / "config.json").write_text("{}")
+    # The library takes 10 MB at a time.
+    write_safetensors(served / name, {"a": ("F16", [1, 12_000_000], bytes(24_000_000))})
+    with serving(served, "org/tiny") as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        hub.cut = {name}
+        tiny, said = Repository("org/tiny"), set[str]()
+        found = look_up(tiny, silent)
+        assert (found.commit, found.weight_bytes) == (COMMIT, (served / name).stat().st_size)
+        assert found.bytes_at_hand() == 0
+        folder, commit = download(tiny, found, lambda what, *_: said.add(what))
+        assert hub.fetched(name) == [None, "bytes=10485760-"]
+        assert commit == COMMIT and said == {"downloading org/tiny"}
+        assert (folder / name).read_bytes() == (served / name).read_bytes()
+        assert found.bytes_at_hand() == found.size_bytes
+        # Files that are whole are not fetched again.
+        (folder / "config.json").resolve().unlink()
+        download(tiny, found, silent)
+        assert len(hub.fetched(name)) == 2 and len(hub.fetched("config.json")) == 2
+        # Stopped half-way: at once, with nothing left behind.
+        shutil.rmtree(tmp_path / "hf")
+        hub.stalled = {name}
+        with subprocess.Popen([*COMMAND, "inspect", "org/tiny"], stderr=subprocess.PIPE) as command:
+            assert hub.is_stalling.wait(60)
+            started = time.monotonic()
+            command.send_signal(signal.SIGINT)
+            _, told = command.communicate()
+        assert command.returncode == 130 and b"Traceback" not in told
+        assert time.monotonic() - started < 10
+        assert not list((tmp_path / "hf").rglob("*.incomplete"))
 
 
 @needs_hub

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from fnmatch import fnmatch
 from importlib.metadata import version
 from pathlib import Path
 
-from apreqel import artifacts, last_words
+from apreqel import artifacts
 from apreqel.artifacts import FileMarks, Provenance, Record
 from apreqel.checkpoint.converter import GGUF_PACKAGE, SCRIPT, converter_folder, llama_version
 from apreqel.checkpoint.process import Ended, require_packages, run_python
@@ -140,7 +141,6 @@ def _run(script: Path, view: Path, weights: Weights, held: int, progress: Progre
     """The GGUF that the converter makes of `view`."""
     scratch, what = view.parent.parent, f"converting {view.name} to {weights.gguf_type.upper()}"
     made, packages = scratch / "model.gguf", str(script.parent / GGUF_PACKAGE)
-    last_words.note(step=what)
 
     def watch() -> None:
         done = made.stat().st_size if made.exists() else 0
@@ -179,7 +179,7 @@ def _failure(name: str, ended: Ended) -> ApreqelError:
         return OutputError(f"{name}: the disk is full; free some space or use --workdir")
     if "No module named" in words:
         return UsageError(f"{name}: {with_what} needs a package more: {words}; install it with pip")
-    if "not supported" in words or "NotImplementedError" in words or "custom code" in ended.err:
+    if re.search("not supported|NotImplementedError|Can not map|custom code", words):
         return UnsupportedModelError(f"{name}: {with_what} cannot convert it: {words}")
     how = f"ended with {ended.code}" if ended.code >= 0 else f"died of signal {-ended.code}"
     using = f"transformers {version('transformers')}"

@@ -36,8 +36,9 @@ def checkpoint_source(name: str, workdir: Path | None, progress: Progress) -> So
             _require_no_part(path)
             return None
         _require_checkpoint(path)
-        own = path.resolve().name or "model"
-        folder = workdir or path.resolve().with_name(f"{own}.apreqel")
+        place = path.resolve() if path.name in ("", "..") else path.absolute()
+        own = place.name or "model"
+        folder = workdir or place.with_name(f"{own}.apreqel")
         made = converted(path, own, folder, progress)
         return Source(made.file, folder, made.notes)
     repository = repository_named(name)
