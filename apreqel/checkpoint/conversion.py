@@ -143,8 +143,10 @@ def _run(script: Path, view: Path, weights: Weights, held: int, progress: Progre
     made, packages = scratch / "model.gguf", str(script.parent / GGUF_PACKAGE)
 
     def watch() -> None:
-        done = made.stat().st_size if made.exists() else 0
-        progress(what, min(done, weights.gguf_bytes - 1), weights.gguf_bytes)
+        if not made.exists():
+            progress("starting llama.cpp's converter", 0, 1)
+        elif total := weights.gguf_bytes:
+            progress(what, min(made.stat().st_size, total - 1), total)
 
     watch()
     ended = run_python(

@@ -133,8 +133,17 @@ def download(repository: Repository, found: Found, progress: Progress) -> tuple[
         if total:
             progress(what, min(found.bytes_at_hand(), total - 1), total)
 
+    at_hand = found.bytes_at_hand()
     try:
-        answer = _answer(repository, "take", *READ_FILES, watch=watch)
+        while True:
+            try:
+                answer = _answer(repository, "take", *READ_FILES, watch=watch)
+                break
+            except DownloadError:
+                # Older versions give up on a connection that breaks, with what they have kept.
+                if (now := found.bytes_at_hand()) <= at_hand:
+                    raise
+                at_hand = now
     except BaseException:
         # Since version 2 the library never takes up a part of a file, whose name is chosen anew.
         for path in _parts(found) - before:
