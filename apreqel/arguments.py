@@ -82,7 +82,12 @@ def asking(*names: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
 # --- options of several commands -----------------------------------------------------------------
 
 Model = Annotated[
-    str, Argument(metavar="MODEL", help="A GGUF file (of a split model the first), or 'demo'.")
+    str,
+    Argument(
+        metavar="MODEL",
+        help="A GGUF file (of a split model the first), a Hugging Face checkpoint's folder or "
+        "org/name[@revision], or 'demo'.",
+    ),
 ]
 PlanFile = Annotated[Path, Argument(metavar="PLAN", help="A plan.json.")]
 Json = Annotated[bool, Option("--json", help="Results as JSON on stdout.")]
@@ -128,7 +133,7 @@ Minutes = Annotated[float | None, WISHES["minutes"]]
 
 Version = Annotated[bool, Option("--version", help="Show the version.")]
 ModelOrWord = Annotated[
-    str | None, Argument(metavar="[MODEL|list|show]", help="A GGUF; 'list'; or 'show' NAME.")
+    str | None, Argument(metavar="[MODEL|list|show]", help="A model; 'list'; or 'show' NAME.")
 ]
 ProfileName = Annotated[str | None, Argument(metavar="[NAME]", help="For 'show'.")]
 Again = Annotated[bool, Option("--again", help="Measure anew.")]

@@ -40,6 +40,7 @@ SCHEMA_VERSIONS = {
     "rounding-ratios": 1,
     "equalised": 1,
     "experts": 2,
+    "conversion": 1,
 }
 
 _HASH_BLOCK_BYTES = 1 << 22
@@ -290,14 +291,16 @@ def output_error(path: Path | str, error: OSError) -> OutputError:
     return OutputError(f"{path}: {error.strerror or error}; {advice}")
 
 
-def require_space(folder: Path, needed_bytes: int, purpose: str) -> None:
+def require_space(
+    folder: Path, needed_bytes: int, purpose: str, advice: str = "free some space or use --workdir"
+) -> None:
     """Raise OutputError where `folder` has less free space than `needed_bytes`."""
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed_bytes:
         raise OutputError(
             f"{folder}: {purpose} needs {needed_bytes / 1e6:.0f} MB of disk, "
-            f"{free / 1e6:.0f} MB are free; free some space or use --workdir"
+            f"{free / 1e6:.0f} MB are free; {advice}"
         )
 
 

@@ -21,7 +21,7 @@ class UsageError(ApreqelError):
 
 class ModelFileError(ApreqelError):
     exit_code = 3
-    meaning = "a GGUF file is damaged, incomplete or not a GGUF file"
+    meaning = "a model's file or checkpoint is damaged, incomplete or none"
 
 
 class UnsupportedModelError(ApreqelError):
@@ -62,6 +62,11 @@ class ArtifactError(ApreqelError):
 class VerificationError(ApreqelError):
     exit_code = 11
     meaning = "the file that was written is not the file that was planned"
+
+
+class DownloadError(ApreqelError):
+    exit_code = 12
+    meaning = "a checkpoint or the converter cannot be downloaded"
 
 
 class Interrupted(ApreqelError):

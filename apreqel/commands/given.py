@@ -27,13 +27,28 @@ def workspace(
 ) -> AbstractContextManager[Workspace]:
     from apreqel import pipeline
 
+    reporter = Reporter(quiet)
+    file, folder = as_gguf(model, workdir, reporter)
     return pipeline.open_workspace(
-        model,
-        folder=workdir,
+        file,
+        folder=folder,
         n_threads=threads,
         allow_requantize=allow_requantize,
-        progress=Reporter(quiet),
+        progress=reporter,
     )
+
+
+def as_gguf(model: str, workdir: Path | None, reporter: Reporter) -> tuple[str, Path | None]:
+    """MODEL and its work folder; of a checkpoint its GGUF, converted where it was not."""
+    from apreqel.checkpoint.source import checkpoint_source
+
+    source = checkpoint_source(model, workdir, reporter)
+    if source is None:
+        return model, workdir
+    reporter.finish()
+    for note in source.notes:
+        remark(note)
+    return str(source.file), source.workdir
 
 
 def without_own_type(wishes: Wishes, model: str) -> Wishes:

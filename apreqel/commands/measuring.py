@@ -5,17 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 from apreqel import arguments as arg
-from apreqel.commands.given import calibration_texts, workspace
+from apreqel.commands.given import as_gguf, calibration_texts, workspace
 from apreqel.console.terminal import Reporter, answer, remark
 from apreqel.errors import UsageError
 
 
 def inspect(model: arg.Model, json: arg.Json = False) -> None:
-    """What a model holds: roles, shapes, legal types, exact bytes. Reads only headers."""
+    """What a model holds: roles, shapes, legal types, exact bytes.
+
+    Reads only headers; a Hugging Face checkpoint is converted first.
+    """
     from apreqel.console import inspect as view
     from apreqel.model.inventory import find_model, read_inventory
 
-    answer(json, view.show, read_inventory(find_model(model)), data=view.as_json)
+    file, _ = as_gguf(model, None, Reporter())
+    answer(json, view.show, read_inventory(find_model(file)), data=view.as_json)
 
 
 def profile(
@@ -49,10 +53,13 @@ def profile(
         return
     if word and name is None:
         raise UsageError("profile show: which one? apreqel profile list names them")
+    reporter = Reporter(quiet)
+    if model is not None and not word:
+        model, workdir = as_gguf(model, workdir, reporter)
     if word or device is not None:
         measured, inventory = store.named_profile(device or name or "", None if word else model)
     else:
-        measured, inventory = profile_model(model, workdir, threads, again, Reporter(quiet))
+        measured, inventory = profile_model(model, workdir, threads, again, reporter)
     if export_to is not None:
         measured.save(export_to)
     answer(json, view.show, measured, inventory, data=view.as_json)
