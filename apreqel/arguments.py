@@ -33,7 +33,7 @@ WISHES: dict[str, Any] = {
     "pin": Option(help="'pattern=TYPE' for tensors by name, as in 'blk.0.*=Q8_0'; repeatable."),
     "only_types": Option(help="Use these types only: Q4_0,Q8_0."),
     "exclude_types": Option(help="Leave these types out: Q5_1,Q4_1."),
-    "max_type_changes": Option(min=0, help="Most tensors in another type than in stock Q4_K_M."),
+    "max_type_changes": Option(min=0, help="Most tensors not in the type of the stock preset."),
     "experts": Option(help="Active experts a token instead of the model's own count."),
     "like": Option(help="Copy the types of this GGUF."),
     "recipe": Option(help="Types from a --tensor-type-file, --custom-q or recipe."),
@@ -52,6 +52,17 @@ WISHES: dict[str, Any] = {
         "per weight]"
     ),
 }
+# How --help groups them, and what stands beside them, where there are many; the rest comes last.
+GROUPS = {
+    "What you want": ("prefer", "weights", "any_speed", "workload", "metric", "front", "ladder"),
+    "Limits": ("max_size", "target_bpw", "max_kld", "max_degradation", "max_ram", "fit", "ctx",
+               "min_decode", "min_prefill"),
+    "By hand": ("pin", "only_types", "exclude_types", "max_type_changes", "experts", "like",
+                "recipe"),
+    "How long, how sure": ("effort", "minutes", "plain", "equalise", "unchecked", "refine", "text",
+                           "against", "verify_text", "tokens"),
+    "Device and files": ("device", "threads", "output", "workdir", "force", "allow_requantize"),
+}  # fmt: skip
 # What `plan` and `auto` both begin with.
 LIMITS = tuple(WISHES)[: list(WISHES).index("experts") + 1]
 

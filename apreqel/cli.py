@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer.core import TyperCommand
 
 from apreqel import __version__, last_words
 from apreqel import arguments as arg
@@ -16,6 +17,30 @@ from apreqel.commands.measuring import inspect, probe, profile
 from apreqel.commands.planning import explain, plan
 from apreqel.console.terminal import write
 from apreqel.errors import ApreqelError, Interrupted, Killed, UsageError, printable
+
+# With more options than these --help shows them in groups.
+_MANY_OPTIONS = 20
+
+
+class Command(TyperCommand):
+    """One whose --help groups its options, where there are many."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        if sum(p.param_type_name == "option" for p in self.params) <= _MANY_OPTIONS:
+            super().format_options(ctx, formatter)
+            return
+        groups: dict[str, list[Any]] = {"Arguments": [], **{name: [] for name in arg.GROUPS}}
+        group_of = {name: group for group, names in arg.GROUPS.items() for name in names}
+        for parameter in self.get_params(ctx):
+            is_option = parameter.param_type_name == "option"
+            group = group_of.get(parameter.name or "", "Others") if is_option else "Arguments"
+            if record := parameter.get_help_record(ctx):
+                groups.setdefault(group, []).append(record)
+        for group, records in groups.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
+
 
 app = typer.Typer(
     add_completion=False,
@@ -35,7 +60,7 @@ def root(version: arg.Version = False) -> None:
 
 
 for command in (inspect, profile, probe, plan, explain, quantize, verify, compare, auto):
-    app.command()(command)
+    app.command(cls=Command)(command)
 
 
 def _stop(_number: int, _frame: object) -> NoReturn:

@@ -19,6 +19,7 @@ import psutil
 import pytest
 from support import COMMAND, apreqel, expect, uniform
 
+from apreqel import arguments as arg
 from apreqel import cli, errors
 from apreqel.__main__ import obituary, watched
 from apreqel.arrays import Floats
@@ -47,6 +48,12 @@ def test_help_and_version() -> None:
         done = apreqel(*command, "--help")
         assert done.returncode == 0 and "Usage:" in done.stdout, command
     assert apreqel("--version").stdout.startswith("apreqel ")
+    # Where there are many options they are in groups, and none falls out of them.
+    grouped = apreqel("plan", "--help").stdout
+    positions = [grouped.index(f"\n{group}:\n") for group in arg.GROUPS]
+    assert positions == sorted(positions) and "\nOptions:\n" not in grouped
+    assert set(arg.WISHES) <= {n for names in arg.GROUPS.values() for n in names}
+    assert "\nOptions:\n" in apreqel("explain", "--help").stdout
 
 
 def test_each_failure_has_its_code_and_line(llama_model: Path, tmp_path: Path) -> None:
