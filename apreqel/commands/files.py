@@ -6,6 +6,7 @@ from apreqel import arguments as arg
 from apreqel.commands.given import (
     calibration_texts,
     expected_of,
+    foretell,
     text_to_verify,
     usual_settings,
     without_own_type,
@@ -138,6 +139,7 @@ def auto(
         request = request_of(without_own_type(wishes, model), given.inventory)
         settings = usual_settings(given, tokens, quick=effort.name == "quick")
         trial = Trial(text_to_verify(verify_text), against or [], settings)
+        foretell(given, effort, plain=wishes.plain, whole=True)
         with pipeline.equalised(given, equalise) as space:
             result = pipeline.auto(
                 space,

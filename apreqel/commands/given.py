@@ -15,6 +15,7 @@ from apreqel.plan.wishes import Wishes
 if TYPE_CHECKING:
     from apreqel.evaluate.verify import VerifySettings
     from apreqel.plan.plan import Plan
+    from apreqel.sensitivity.effort import Effort
     from apreqel.sensitivity.texts import Text
     from apreqel.workspace import Workspace
 
@@ -49,6 +50,21 @@ def as_gguf(model: str, workdir: Path | None, reporter: Reporter) -> tuple[str, 
     for note in source.notes:
         remark(note)
     return str(source.file), source.workdir
+
+
+def foretell(space: Workspace, effort: Effort, *, plain: bool, whole: bool) -> None:
+    """Of a model that was not probed yet, how long it will take; `whole`: to a verified file."""
+    from apreqel.console import forecast as view
+    from apreqel.forecast import forecast_for, token_seconds
+    from apreqel.sensitivity.effort import EFFORTS
+    from apreqel.sensitivity.equalise import probed_at
+
+    if probed_at(space.folder, True) or probed_at(space.folder, False):
+        return
+    token = token_seconds(space)
+    coming = forecast_for(space, effort, token, plain=plain, whole=whole)
+    quick = forecast_for(space, EFFORTS["quick"], token, plain=plain, whole=whole)
+    view.show(coming, quick if quick.total_seconds < 0.9 * coming.total_seconds else None)
 
 
 def without_own_type(wishes: Wishes, model: str) -> Wishes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from apreqel import arguments as arg
-from apreqel.commands.given import as_gguf, calibration_texts, workspace
+from apreqel.commands.given import as_gguf, calibration_texts, foretell, workspace
 from apreqel.console.terminal import Reporter, answer, remark
 from apreqel.errors import UsageError
 
@@ -91,10 +91,9 @@ def probe(
     if imatrix is not None and is_legacy(imatrix):
         remark(f"{imatrix}: a legacy imatrix; llama.cpp now writes GGUF")
     wanted, chosen = effort_from(effort, minutes), calibration_texts(text)
-    with (
-        workspace(model, workdir, threads, allow_requantize, quiet) as given,
-        pipeline.equalised(given, equalise) as space,
-    ):
-        probed = pipeline.probe(space, effort=wanted, texts=chosen, imatrix_file=imatrix)
-        files = measured_files(probed).own
+    with workspace(model, workdir, threads, allow_requantize, quiet) as given:
+        foretell(given, wanted, plain=False, whole=False)
+        with pipeline.equalised(given, equalise) as space:
+            probed = pipeline.probe(space, effort=wanted, texts=chosen, imatrix_file=imatrix)
+            files = measured_files(probed).own
     answer(json, view.show, probed.sensitivity, files, data=view.as_json)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from apreqel import arguments as arg
-from apreqel.commands.given import calibration_texts, without_own_type, workspace
+from apreqel.commands.given import calibration_texts, foretell, without_own_type, workspace
 from apreqel.console.terminal import answer
 from apreqel.plan.wishes import Wishes
 
@@ -41,6 +41,7 @@ def plan(
     metric, refine = wishes.metric, wishes.refine
     with workspace(model, workdir, threads, allow_requantize, quiet) as given:
         request = request_of(without_own_type(wishes, model), given.inventory)
+        foretell(given, effort, plain=wishes.plain, whole=False)
         with pipeline.equalised(given, equalise) as space:
             profile = profile_for(space, wishes.device, needed=request.uses_profile)
             probed = probed_model(space) or pipeline.probe(

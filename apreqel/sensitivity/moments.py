@@ -44,7 +44,7 @@ _WAITING_BYTES = 256 << 20
 # Where they are, and were.
 _FOLDER = re.compile(r"(gptq|moments)-[0-9a-f]{12}")
 # Tensors that read the same activations.
-_READS_AS = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
+READS_AS = {"attn_k": "attn_q", "attn_v": "attn_q", "ffn_up": "ffn_gate"}
 
 
 class Moments:
@@ -99,7 +99,7 @@ class Moments:
 
     def _reads_as(self, tensor: Tensor) -> str:
         """The tensor whose activations it reads: of several that read the same, one."""
-        first = _READS_AS.get(tensor.role, tensor.role)
+        first = READS_AS.get(tensor.role, tensor.role)
         name = tensor.name.replace(f".{tensor.role}.", f".{first}.")
         other = self._inventory.by_name.get(name)
         return name if other and other.row_length == tensor.row_length else tensor.name
