@@ -141,3 +141,18 @@ QuantisedFile = Annotated[Path, Argument(metavar="GGUF", help="The quantised fil
 Original = Annotated[str | None, Option(help="The original [that of the plan].")]
 Expected = Annotated[Path | None, Option(help="Check the file against this plan.")]
 Ctx = Annotated[int, Option("--ctx", min=32, help="Tokens per chunk.")]
+FileOrModel = Annotated[
+    str, Argument(metavar="GGUF", help="A file that apreqel wrote; with --ladder the model.")
+]
+To = Annotated[Path, Option("--to", help="The folder to make.")]
+AsLadder = Annotated[
+    bool,
+    Option("--ladder", help="The plans of plan --ladder, as one folder; missing files are made."),
+]
+PublicName = Annotated[
+    str | None, Option("--name", help="What the files are called after [as the model says].")
+]
+BaseModel = Annotated[
+    str | None, Option(help="For the card: ORGANISATION/NAME it was made from [as the file says].")
+]
+QuantizedBy = Annotated[str | None, Option(help="For the card: who made it.")]

@@ -76,15 +76,19 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write it atomically. Raises OutputError."""
+        text = json.dumps(self.document, indent=1, allow_nan=False) + "\n"
+        write_atomically(path, text.encode())
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The whole of its file."""
         data = plain(self)
-        document = {
+        return {
             "kind": f"apreqel {self.KIND}",
             "schema_version": SCHEMA_VERSIONS[self.KIND],
             "provenance": data.pop("provenance"),
             "data": data,
         }
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        write_atomically(path, text.encode())
 
     @classmethod
     def check_output(cls, path: Path) -> None:

@@ -43,6 +43,7 @@ def test_help_and_version() -> None:
         ["verify"],
         ["compare"],
         ["auto"],
+        ["export"],
     ):
         done = apreqel(*command, "--help")
         assert done.returncode == 0 and "Usage:" in done.stdout, command
