@@ -156,3 +156,10 @@ BaseModel = Annotated[
     str | None, Option(help="For the card: ORGANISATION/NAME it was made from [as the file says].")
 ]
 QuantizedBy = Annotated[str | None, Option(help="For the card: who made it.")]
+MaybeModel = Annotated[str | None, Argument(metavar="[MODEL]", help="Look at this one, too.")]
+FileToRun = Annotated[str, Argument(metavar="GGUF", help="The file to run.")]
+ShowOnly = Annotated[
+    bool, Option("--show", help="Only the commands, for llama-server, llama-cli, Ollama, Python.")
+]
+Host = Annotated[str, Option(help="Who may reach it; 0.0.0.0: the whole network.")]
+Port = Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")]

@@ -35,6 +35,7 @@ ROOMS: dict[str, list[str]] = {
         "stock",
         "graphs",
         "kernels",
+        "serving",
     ],
     "workspace": [],
     "solver": ["local_search", "knapsack"],
@@ -102,6 +103,8 @@ ROOMS: dict[str, list[str]] = {
         "folder",
         "ladder",
     ],
+    "running": [],
+    "doctor": [],
     "console": [
         "terminal",
         "inspect",

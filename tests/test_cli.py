@@ -44,6 +44,8 @@ def test_help_and_version() -> None:
         ["compare"],
         ["auto"],
         ["export"],
+        ["run"],
+        ["doctor"],
     ):
         done = apreqel(*command, "--help")
         assert done.returncode == 0 and "Usage:" in done.stdout, command

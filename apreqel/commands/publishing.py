@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typer import Exit
+
 from apreqel import arguments as arg
 from apreqel.commands.given import text_to_verify, usual_settings, workspace
 from apreqel.console.terminal import answer
+from apreqel.errors import ApreqelError
 
 
 def export(
@@ -47,3 +50,39 @@ def export(
         trial = Trial(text_to_verify(verify_text), [], settings)
         done = export_ladder(space, asked, trial)
     answer(json, view.show_exported, done)
+
+
+def run(
+    gguf: arg.FileToRun,
+    show: arg.ShowOnly = False,
+    host: arg.Host = "127.0.0.1",
+    port: arg.Port = 8000,
+    workdir: arg.Workdir = None,
+    threads: arg.Threads = None,
+    json: arg.Json = False,
+) -> None:
+    """Serve a file as it was planned for (OpenAI's protocol), or show how to run it."""
+    from apreqel import running
+    from apreqel.console import publishing as view
+    from apreqel.model.inventory import find_model
+
+    found = running.run_of(find_model(gguf), workdir, threads)
+    if show:
+        answer(json, view.show_run, found, data=view.run_json)
+        return
+    running.run(found, host, port, lambda bound: view.show_serving(found, host, bound))
+
+
+def doctor(
+    model: arg.MaybeModel = None,
+    workdir: arg.Workdir = None,
+    json: arg.Json = False,
+) -> None:
+    """What of this machine, the installation and a model's folder is in order."""
+    from apreqel.console import publishing as view
+    from apreqel.doctor import examine
+
+    found = examine(model, workdir)
+    answer(json, view.show_findings, found, data=view.findings_json)
+    if not all(finding.ok for finding in found):
+        raise Exit(ApreqelError.exit_code)

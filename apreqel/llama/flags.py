@@ -11,12 +11,14 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from apreqel.model.qtypes import USUAL_CACHES, lookup
+from apreqel.errors import ArtifactError, printable
+from apreqel.model.qtypes import KV_TYPES, USUAL_CACHES, lookup
 
 HOST, PORT = "127.0.0.1", 8000
 # Ollama has one type for K and V, of all models that its server runs.
 _OLLAMA_CACHES = ("F16", "Q8_0", "Q4_0")
 _ALL_LAYERS = -1  # in llama-cpp-python
+_MOST = 2**31
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,15 @@ class RunSettings:
     n_ctx: int | None = None
     cache_types: Sequence[str] = USUAL_CACHES  # of K and V
     n_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        """Raise ArtifactError for what cannot be: a plan may come from elsewhere."""
+        counts = [n for n in (self.n_ctx, self.n_threads) if n is not None]
+        if len(self.cache_types) != 2 or not set(self.cache_types) <= set(KV_TYPES):
+            shown = printable(str(list(self.cache_types)))
+            raise ArtifactError(f"cache_types {shown}: two of {', '.join(KV_TYPES)} are expected")
+        if any(not 0 < n < _MOST for n in counts):
+            raise ArtifactError(f"context and threads {counts}: cannot be; plan again")
 
     @property
     def has_usual_caches(self) -> bool:
@@ -78,12 +89,14 @@ def commands(file: str, name: str, settings: RunSettings) -> Mapping[str, str]:
     """Ready to paste, by program: llama-server, llama-cli, Ollama, Python. `name` is Ollama's."""
     where, flags = shlex.quote(file), " ".join(settings.flags)
     lines = "".join(f"PARAMETER {k} {v}\\n" for k, v in settings.ollama_parameters.items())
+    # A Modelfile on stdin is looked at from elsewhere, so there the path is absolute.
+    absolute = where if file.startswith("/") else f'"$PWD"/{where}'
     given = ", ".join(f"{k}={v}" for k, v in settings.keywords().items())
     return {
         "llama-server": f"llama-server -m {where} {flags}".rstrip(),
         "llama-cli": f"llama-cli -m {where} {flags}".rstrip(),
         "Ollama": (
-            f"printf 'FROM %s\\n{lines}' {where} | ollama create {name} -f /dev/stdin && "
+            f"printf 'FROM %s\\n{lines}' {absolute} | ollama create {name} -f /dev/stdin && "
             f"ollama run {name}"
         ),
         "Python": f"from llama_cpp import Llama; llm = Llama({file!r}, {given})",

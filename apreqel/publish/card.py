@@ -42,10 +42,10 @@ class Published:
         return settings_of(self.found.plan, self.found.inventory)
 
 
-def settings_of(made: Plan, inventory: Inventory) -> RunSettings:
+def settings_of(made: Plan | None, inventory: Inventory) -> RunSettings:
     """What a file was planned for; without a planned context a usual one that the model has."""
     n_ctx = min(DEFAULT_CONTEXT, inventory.context_length or DEFAULT_CONTEXT)
-    planned = made.run_settings
+    planned = made.run_settings if made else RunSettings()
     return RunSettings(planned.n_ctx or n_ctx, planned.cache_types, planned.n_threads)
 
 
@@ -201,7 +201,11 @@ def _running(files: Sequence[Published]) -> Iterator[str]:
     file = files[len(files) // 2]
     settings, name = file.settings, ollama_name(f"{file.name.stem}-{file.name.encoding}")
     lines = commands(file.name.file, name, settings)
-    ollama = lines["Ollama"] if len(files) > 1 else f"ollama create {name} -f Modelfile"
+    ollama = (
+        lines["Ollama"]
+        if len(files) > 1
+        else f"ollama create {name} -f Modelfile && ollama run {name}"
+    )
     planned = file.found.plan.run_flags
     yield "## Run it"
     if planned:
@@ -215,7 +219,8 @@ def _running(files: Sequence[Published]) -> Iterator[str]:
 
 
 def _fenced(language: str, *lines: str) -> str:
-    return "\n".join([f"```{language}", *lines, "```"])
+    """Each on one line, so that nothing ends the block early."""
+    return "\n".join([f"```{language}", *(" ".join(line.split()) for line in lines), "```"])
 
 
 def _making(files: Sequence[Published]) -> Iterator[str]:

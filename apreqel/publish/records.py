@@ -49,12 +49,15 @@ def planned_file(path: Path, plan: Path | None = None, workdir: Path | None = No
     digest = digest_of(inventory)
     if not digest:
         raise ModelFileError(f"{path}: apreqel did not write it (no {DIGEST_KEY} in its metadata)")
-    places = [plan] if plan else list(_plans_near(path, workdir))
+    places = [plan] if plan else filter(Plan.is_kept_at, _plans_near(path, workdir))
     for place in places:
         with suppress(*([] if plan else [ArtifactError])):
             made = Plan.load(place)
             if made.metadata.get(DIGEST_KEY) == digest and made.types == inventory.types:
-                return PlannedFile(inventory, made, place, verification_of(place.parent, digest))
+                report = verification_of(place.parent, digest)
+                if report and report.files[1].size_bytes != inventory.size_bytes:
+                    report = None
+                return PlannedFile(inventory, made, place, report)
     if plan:
         raise ArtifactError(f"{plan}: is not the plan of {path}; give the one it was made from")
     raise ArtifactError(
@@ -72,7 +75,7 @@ def verification_of(folder: Path, digest: str) -> VerificationReport | None:
     """What was last measured in a folder, if that was the file of this plan."""
     with suppress(ArtifactError):
         report = VerificationReport.load(folder / VERIFICATION_FILE)
-        if report.provenance.settings.get("plan") == digest:
+        if report.provenance.settings.get("plan") == digest and len(report.files) > 1:
             return report
     return None
 
