@@ -157,3 +157,25 @@ QuantisedFile = Annotated[Path, Argument(metavar="GGUF", help="The quantised fil
 Original = Annotated[str | None, Option(help="The original [that of the plan].")]
 Expected = Annotated[Path | None, Option(help="Check the file against this plan.")]
 Ctx = Annotated[int, Option("--ctx", min=32, help="Tokens per chunk.")]
+FileOrModel = Annotated[
+    str, Argument(metavar="GGUF", help="A file that apreqel wrote; with --ladder the model.")
+]
+To = Annotated[Path, Option("--to", help="The folder to make.")]
+AsLadder = Annotated[
+    bool,
+    Option("--ladder", help="The plans of plan --ladder, as one folder; missing files are made."),
+]
+PublicName = Annotated[
+    str | None, Option("--name", help="What the files are called after [as the model says].")
+]
+BaseModel = Annotated[
+    str | None, Option(help="For the card: ORGANISATION/NAME it was made from [as the file says].")
+]
+QuantizedBy = Annotated[str | None, Option(help="For the card: who made it.")]
+MaybeModel = Annotated[str | None, Argument(metavar="[MODEL]", help="Look at this one, too.")]
+FileToRun = Annotated[str, Argument(metavar="GGUF", help="The file to run.")]
+ShowOnly = Annotated[
+    bool, Option("--show", help="Only the commands, for llama-server, llama-cli, Ollama, Python.")
+]
+Host = Annotated[str, Option(help="Who may reach it; 0.0.0.0: the whole network.")]
+Port = Annotated[int, Option(min=0, max=65535, help="0 takes a free one.")]

@@ -77,26 +77,35 @@ class Record:
 
     def save(self, path: Path) -> None:
         """Write it atomically. Raises OutputError."""
+        text = json.dumps(self.document, indent=1, allow_nan=False) + "\n"
+        write_atomically(path, text.encode())
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The whole of its file."""
         data = plain(self)
-        document = {
+        return {
             "kind": f"apreqel {self.KIND}",
             "schema_version": SCHEMA_VERSIONS[self.KIND],
             "provenance": data.pop("provenance"),
             "data": data,
         }
-        text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-        write_atomically(path, text.encode())
 
     @classmethod
     def check_output(cls, path: Path) -> None:
         """Raise OutputError where `path` is there and no file of this kind, which alone may go."""
-        start = f'{{\n "kind": "apreqel {cls.KIND}"'.encode()
         try:
-            if not path.exists() or (path.is_file() and _starts_with(path, start)):
+            if not path.exists() or cls.is_kept_at(path):
                 return
         except OSError as error:
             raise output_error(path, error) from error
         raise OutputError(f"{path}: exists and is no {cls.KIND} file; choose another output")
+
+    @classmethod
+    def is_kept_at(cls, path: Path) -> bool:
+        """Whether `path` is a file of this kind, by its first bytes. Raises OSError."""
+        start = f'{{\n "kind": "apreqel {cls.KIND}"'.encode()
+        return path.is_file() and _starts_with(path, start)
 
     @classmethod
     def load(cls, path: Path, model_sha256: str | None = None) -> Self:
@@ -360,18 +369,28 @@ def model_sha256(files: tuple[Path, ...], cache: Path) -> str:
 
     Kept in `cache` and trusted as long as each file's size, time of change and inode stand.
     """
-    marks = [
-        (str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f in files for s in (f.stat(),)
-    ]
-    with suppress(ArtifactError):
-        known = _ModelHash.load(cache)
-        if known.files == marks:
-            return known.sha256
+    if known := known_sha256(files, cache):
+        return known
+    marks = _marks_of(files)
     digests = [file_sha256(f) for f in files]
     joined = hashlib.sha256("".join(digests).encode()).hexdigest()
     digest = digests[0] if len(digests) == 1 else joined
     _ModelHash(Provenance(digest), marks, digest).save(cache)
     return digest
+
+
+def known_sha256(files: tuple[Path, ...], cache: Path) -> str | None:
+    """What `cache` says of these very files; None where it is not there, or they were changed."""
+    with suppress(ArtifactError):
+        known = _ModelHash.load(cache)
+        if known.files == _marks_of(files):
+            return known.sha256
+    return None
+
+
+def _marks_of(files: tuple[Path, ...]) -> list[tuple[str, int, int, int]]:
+    stats = ((f, f.stat()) for f in files)
+    return [(str(f.resolve()), s.st_size, s.st_mtime_ns, s.st_ino) for f, s in stats]
 
 
 class FileMarks:

@@ -15,6 +15,7 @@ from apreqel import arguments as arg
 from apreqel.commands.files import auto, compare, quantize, verify
 from apreqel.commands.measuring import inspect, probe, profile
 from apreqel.commands.planning import explain, plan
+from apreqel.commands.publishing import doctor, export, run
 from apreqel.console.terminal import write
 from apreqel.errors import ApreqelError, Interrupted, Killed, UsageError, printable
 
@@ -59,7 +60,9 @@ def root(version: arg.Version = False) -> None:
         raise typer.Exit
 
 
-for command in (inspect, profile, probe, plan, explain, quantize, verify, compare, auto):
+for command in (
+    inspect, profile, probe, plan, explain, quantize, verify, compare, auto, export, run, doctor
+):  # fmt: skip
     app.command(cls=Command)(command)
 
 

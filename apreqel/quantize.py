@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from apreqel.model.imatrix import Imatrix
 
 # What an exit status of the C program (its enum failure) means, and what to do about it.
-_IO, _INTERRUPTED = 22, 26
+_USAGE, _IO, _INTERRUPTED = 2, 22, 26
 _FAILURES: Mapping[int, tuple[type[ApreqelError], str]] = {
     20: (EngineError, "; the job table is wrong, which is a fault of apreqel: report it"),
     21: (ModelFileError, ""),
@@ -228,6 +228,18 @@ def program_path() -> Path:
     path = Path(str(resources.files("apreqel") / "bin" / "apreqel-quantize"))
     if not path.exists():
         raise EngineError(f"{path}: the C quantiser is not there; run: pip install .")
+    return path
+
+
+def check_program() -> Path:
+    """Start the C program without a job, to see that it runs here. Raises EngineError."""
+    path, advice = program_path(), "install apreqel again: pip install --force-reinstall ."
+    try:
+        done = subprocess.run([path], capture_output=True, timeout=10)
+    except (OSError, subprocess.SubprocessError) as error:
+        raise EngineError(f"{path}: does not start ({error}); {advice}") from error
+    if done.returncode != _USAGE or b"usage: " not in done.stderr:
+        raise EngineError(f"{path}: ended with {done.returncode} where it tells its use; {advice}")
     return path
 
 

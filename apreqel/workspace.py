@@ -23,6 +23,8 @@ from apreqel.model.inventory import (
 )
 from apreqel.progress import Progress, silent
 
+# In a model's work folder, that of the model with its channels rescaled.
+EQUALISED_FOLDER = "equalised"
 IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE = "imatrix.gguf", "plan.json", "verification.json"
 # What is replaced without being read first, in a folder that is known to be apreqel's by its hash.
 HASH_FILE, _REPLACED = "model-hash.json", (IMATRIX_FILE, PLAN_FILE, VERIFICATION_FILE)

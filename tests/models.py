@@ -78,14 +78,16 @@ def build(
     more_tokens: int = 0,
     architecture: str = "llama",
     change: Callable[[str, np.ndarray], np.ndarray] = lambda _, values: values,
+    describe: Callable[[GGUFWriter], None] = lambda writer: writer.add_name("tiny"),
 ) -> Path:
     """A model in `kind` (F32, F16, BF16 or a quant type that gguf-py can write).
 
-    Of an architecture with llama's tensors; `change` may alter a tensor's values by its name.
+    Of an architecture with llama's tensors; `change` may alter a tensor's values by its name,
+    `describe` says more of it in its metadata.
     """
     random = np.random.default_rng(seed)
     writer = GGUFWriter(str(path), architecture)
-    writer.add_name("tiny")
+    describe(writer)
     writer.add_block_count(n_layer)
     writer.add_context_length(context)
     writer.add_embedding_length(n_embd)

@@ -8,27 +8,31 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from apreqel import from_plan, pipeline
 from apreqel.artifacts import Provenance
 from apreqel.device.machine import Device
 from apreqel.device.profile import DeviceProfile, Kernel, Overhead, Reading
 from apreqel.device.shapes import shapes_of
+from apreqel.evaluate.verify import Trial, VerificationReport, VerifySettings
 from apreqel.llama.engine import LoadedModel
 from apreqel.model.imatrix import Imatrix, ImatrixEntry
 from apreqel.model.inventory import Inventory, read_inventory
 from apreqel.model.qtypes import lookup
 from apreqel.plan.planner import Planner
+from apreqel.plan.request import PlanRequest
 from apreqel.progress import Progress, silent
 from apreqel.sensitivity import measure as sensitivity
 from apreqel.sensitivity.damage import damage_model
 from apreqel.sensitivity.effort import Effort
 from apreqel.sensitivity.measure import ProbeSettings
 from apreqel.sensitivity.measurement import ProbedModel, Sensitivity, TensorSensitivity
-from apreqel.sensitivity.texts import Text, TokenSet, bundled_texts
+from apreqel.sensitivity.texts import Text, TokenSet, bundled_texts, heldout_text
 from apreqel.workspace import Workspace
 
 # --- the command ---------------------------------------------------------------------------------
@@ -197,3 +201,33 @@ def attention(seconds: Mapping[str, float]) -> dict[str, dict[str, Kernel]]:
         for v, b in seconds.items()
         if "Q8_0" in (k, v) or k == v == "F16"
     }
+
+
+# --- a file with its plan and its verification ---------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What `auto` leaves behind, made in few seconds: little text, as ggml rounds."""
+
+    model: Path
+    file: Path
+    plan: Path
+    report: VerificationReport
+
+
+def finished(model: Path, request: PlanRequest) -> Finished:
+    """`model` probed, planned, quantised and verified, beside it and in its work folder."""
+    asked = {"folder": None, "allow_requantize": True, "progress": silent}
+    with pipeline.open_workspace(str(model), n_threads=2, **asked) as space:
+        probed = sensitivity.measure(
+            space, texts=texts(), settings=SHORT, effort=LITTLE, with_moments=False
+        )
+        made, path = pipeline.plan(probed, request, None, check=False)
+        output = from_plan.default_output(space, made.prefer)
+        from_plan.run_plan(
+            path, output=output, n_threads=2, force=False, allow_requantize=True, progress=silent
+        )
+        settings = VerifySettings(n_ctx=128, n_scored=256, n_prompt=32, repetitions=2)
+        trial = Trial(heldout_text(), ["Q4_K_M"], settings)
+        return Finished(model, output, path, pipeline.verify(space, output, trial, made))

@@ -31,8 +31,8 @@ from apreqel.checkpoint.process import Ended
 from apreqel.checkpoint.source import checkpoint_source
 from apreqel.checkpoint.weights import read_weights
 from apreqel.errors import DownloadError, ModelFileError
+from apreqel.from_plan import default_output
 from apreqel.llama.engine import LoadedModel
-from apreqel.pipeline import default_output
 from apreqel.progress import silent
 from apreqel.workspace import opened
 

@@ -44,6 +44,9 @@ def test_help_and_version() -> None:
         ["verify"],
         ["compare"],
         ["auto"],
+        ["export"],
+        ["run"],
+        ["doctor"],
     ):
         done = apreqel(*command, "--help")
         assert done.returncode == 0 and "Usage:" in done.stdout, command

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 
 from apreqel.console.plan import show_experts, show_notes
@@ -9,6 +10,7 @@ from apreqel.console.terminal import duration, size, table, write
 from apreqel.evaluate.verify import Measured, VerificationReport
 from apreqel.pipeline import Everything
 from apreqel.quantize import QuantizedModel
+from apreqel.running import planned_run
 
 
 def show(report: VerificationReport) -> None:
@@ -58,3 +60,6 @@ def show_everything(result: Everything) -> None:
     show_notes(result.plan)
     show(result.report)
     write(f"The file: {result.output}")
+    for program, command in planned_run(result.output, result.plan).commands.items():
+        write(f"{program}: {command}")
+    write(f"or: apreqel run {shlex.quote(str(result.output))}")

@@ -28,6 +28,17 @@ _CLOCK_SHARE = 0.85
 _PI_THROTTLED_NOW = 0xF
 # Linux's limits, and where a process's own are among them.
 _CGROUPS, _OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# Linux's names of instructions, and ggml's.
+_FEATURES = {
+    "avx": "AVX",
+    "avx2": "AVX2",
+    "fma": "FMA",
+    "f16c": "F16C",
+    "avx512f": "AVX512",
+    "amx_int8": "AMX_INT8",
+    "asimd": "NEON",
+    "asimddp": "DOTPROD",
+}
 # Below this a zone's trip point is not one of a processor, or not set at all.
 _LEAST_TRIP_CELSIUS = 50.0
 
@@ -242,6 +253,13 @@ def _is_too_hot(zone: Path) -> bool:
     kinds = [kind for kind in zone.glob("trip_point_*_type") if _read(kind) == "passive"]
     trips = [_integer(kind.with_name(kind.name.replace("_type", "_temp"))) for kind in kinds]
     return any(now >= (trip or 0) >= 1000 * _LEAST_TRIP_CELSIUS for trip in trips)
+
+
+def cpu_features(cpuinfo: str | Path = "/proc/cpuinfo") -> set[str]:
+    """Instructions that this processor has, under ggml's names; empty where that is not told."""
+    line = re.search(r"^(?:flags|Features)\s*:(.*)", _read(cpuinfo) or "", re.M)
+    has = set(line[1].split()) if line else set()
+    return {name for flag, name in _FEATURES.items() if flag in has}
 
 
 # --- reading the system --------------------------------------------------------------------------

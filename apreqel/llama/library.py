@@ -192,9 +192,9 @@ def ggml_base_path() -> Path:
 
 def build_info() -> str:
     """The version of llama-cpp-python and the CPU features its llama.cpp was built with."""
+    features = readable(library().llama_print_system_info()).strip()
     import llama_cpp
 
-    features = readable(library().llama_print_system_info()).strip()
     return f"llama-cpp-python {llama_cpp.__version__}; {features}"
 
 

@@ -14,6 +14,7 @@ from apreqel.artifacts import Record
 from apreqel.device.memory import MemoryUse
 from apreqel.device.profile import Speed
 from apreqel.estimates import Estimate
+from apreqel.llama.flags import RunSettings
 from apreqel.model.gguf_header import STRING, UINT32, encode_kv
 from apreqel.model.imatrix import Imatrix
 from apreqel.sensitivity.damage import Swap
@@ -98,12 +99,12 @@ class Plan(Record):
     @property
     def run_flags(self) -> str:
         """How to start llama.cpp with this file so that the predictions hold."""
-        flags = [f"-c {self.memory.n_ctx}"] if self.memory else []
-        if set(self.cache_types) != {USUAL}:
-            flags.append("-ctk {} -ctv {} -fa on".format(*self.cache_types).lower())
-        if self.n_threads:
-            flags.append(f"-t {self.n_threads}")
-        return " ".join(flags)
+        return " ".join(self.run_settings.flags)
+
+    @property
+    def run_settings(self) -> RunSettings:
+        n_ctx = self.memory.n_ctx if self.memory else None
+        return RunSettings(n_ctx, self.cache_types, self.n_threads)
 
     def extra_metadata(self) -> list[bytes]:
         """The GGUF records that the quantised file gets beside the source's own."""

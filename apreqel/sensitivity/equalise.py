@@ -49,7 +49,7 @@ from apreqel.sensitivity.output_errors import (
     squared_errors,
 )
 from apreqel.sensitivity.texts import TokenSet, bundled_texts, split_for_calibration
-from apreqel.workspace import HASH_FILE, Workspace, sweep
+from apreqel.workspace import EQUALISED_FOLDER, HASH_FILE, Workspace, sweep
 
 # s = (root mean square of the activations)^a / (of the weights' columns)^b.
 _EXPONENTS = ((0.15, 0.25), (0.25, 0.25), (0.25, 0.5), (0.35, 0.25), (0.5, 0.25), (0.5, 0.5))
@@ -64,8 +64,6 @@ _LARGEST = 64.0
 MEAN_NATS, MOST_NATS = 1e-5, 1e-3
 _WRONG = 1e9  # stands for NaN
 _SCALES_FILE = "scales.npz"  # by writer, what its channels were divided by
-# In the model's work folder, the work folder of the equalised one.
-_FOLDER = "equalised"
 # Raised whenever another file comes of the same model.
 VERSION = 1
 
@@ -176,7 +174,7 @@ def why_not(inventory: Inventory) -> str:
 def probed_at(folder: Path, equalised: bool) -> float:
     """When a model, as it is or equalised, was last probed in its work folder; 0 for never."""
     with suppress(FileNotFoundError):
-        return (folder / (_FOLDER if equalised else "") / SENSITIVITY_FILE).stat().st_mtime
+        return (folder / (EQUALISED_FOLDER if equalised else "") / SENSITIVITY_FILE).stat().st_mtime
     return 0.0
 
 
@@ -187,7 +185,7 @@ def equalised_model(space: Workspace) -> tuple[Path | None, str]:
     """
     if reason := why_not(space.inventory):
         return None, reason
-    folder = space.folder / _FOLDER
+    folder = space.folder / EQUALISED_FOLDER
     path, record = folder / space.model.name, folder / "equalised.json"
     if path.exists() and not (record.exists() or (folder / _SCALES_FILE).exists()):
         raise OutputError(f"{path}: is not apreqel's, and would be lost; use another --workdir")

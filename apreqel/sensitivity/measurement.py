@@ -31,7 +31,7 @@ METRICS = ("kld", "perplexity")
 # Stock presets that a plan may be set against unasked, and what is a smaller file.
 _USUAL_PRESETS, _SMALLER = ("Q4_K_M", "Q4_K_S", "Q3_K_M", "Q3_K_S", "Q2_K"), 0.96
 # What a file of another size would be without apreqel, and how fast.
-_PRESETS_BY_SIZE = (
+PRESETS_BY_SIZE = (
     "Q2_K", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K", "Q8_0",
 )  # fmt: skip
 
@@ -201,7 +201,7 @@ class ProbedModel:
         if file_bytes is None:
             return self.default_preset
         output_size, stock = self.inventory.output_size, self.stock_types
-        return min(_PRESETS_BY_SIZE, key=lambda p: abs(output_size(stock(p)) - file_bytes))
+        return min(PRESETS_BY_SIZE, key=lambda p: abs(output_size(stock(p)) - file_bytes))
 
 
 def probed_model(space: Workspace) -> ProbedModel | None:

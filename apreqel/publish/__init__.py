@@ -1,0 +1,1 @@
+"""What follows a written file: its name, its card, a folder ready to upload."""
