@@ -32,7 +32,7 @@ SCHEMA_VERSIONS = {
     "device-profile": 3,
     "sensitivity": 3,
     "plan": 5,
-    "verification": 2,
+    "verification": 3,
     "model-hash": 1,
     "cache-sensitivity": 1,
     "measured-files": 2,
