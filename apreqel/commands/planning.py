@@ -68,7 +68,7 @@ def explain(plan: arg.PlanFile, tensor: arg.TensorName = None, json: arg.Json = 
 
     solved, made, inventory = pipeline.explained(plan)
     if tensor is None:
-        shares = reasons.shares_by_role(solved, inventory)
+        shares = reasons.shares_by_role(solved.options, solved.solution.choice, inventory)
         closest = reasons.closest_choices(solved, 12)
         told = {"roles": shares, "closest": closest, "binding": made.binding}
         answer(json, view.show, shares, closest, made, data=lambda *_: told)

@@ -67,12 +67,19 @@ class Rounding:
 
         Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
-        path = self._moments.folder / "ratios.json"
-        found = RoundingRatios.load_same(path, self._probed.provenance)
+        found = self.known_ratios()
         if found is None:
             found = self._measured_ratios()
-            found.save(path)
+            found.save(self._ratios_file)
         return found
+
+    def known_ratios(self) -> RoundingRatios | None:
+        """What was measured before. Raises ArtifactError."""
+        return RoundingRatios.load_same(self._ratios_file, self._probed.provenance)
+
+    @property
+    def _ratios_file(self) -> Path:
+        return self._moments.folder / "ratios.json"
 
     def _is_rounded(self, tensor: Tensor, type_name: str) -> bool:
         """Experts see too few tokens each."""
