@@ -13,7 +13,7 @@ from apreqel import __version__, last_words
 from apreqel import arguments as arg
 from apreqel.commands.files import auto, compare, quantize, verify
 from apreqel.commands.measuring import inspect, probe, profile
-from apreqel.commands.planning import explain, plan
+from apreqel.commands.planning import explain, plan, report
 from apreqel.console.terminal import write
 from apreqel.errors import ApreqelError, Interrupted, Killed, UsageError, printable
 
@@ -34,7 +34,9 @@ def root(version: arg.Version = False) -> None:
         raise typer.Exit
 
 
-for command in (inspect, profile, probe, plan, explain, quantize, verify, compare, auto):
+for command in (
+    inspect, profile, probe, plan, explain, quantize, verify, compare, report, auto,
+):  # fmt: skip
     app.command()(command)
 
 
