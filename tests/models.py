@@ -77,6 +77,7 @@ def build(
     context: int = 2048,
     more_tokens: int = 0,
     architecture: str = "llama",
+    name: str = "tiny",
     change: Callable[[str, np.ndarray], np.ndarray] = lambda _, values: values,
 ) -> Path:
     """A model in `kind` (F32, F16, BF16 or a quant type that gguf-py can write).
@@ -85,7 +86,7 @@ def build(
     """
     random = np.random.default_rng(seed)
     writer = GGUFWriter(str(path), architecture)
-    writer.add_name("tiny")
+    writer.add_name(name)
     writer.add_block_count(n_layer)
     writer.add_context_length(context)
     writer.add_embedding_length(n_embd)

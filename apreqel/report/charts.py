@@ -43,26 +43,18 @@ _CONFIG: Spec = {
         "titleFontSize": 12,
         "titleFontWeight": "normal",
     },
-    "legend": {
-        **_INK,
-        "orient": "bottom",
-        "direction": "vertical",
-        "labelFontSize": 11,
-        "titleFontSize": 12,
-        "titleFontWeight": "normal",
-        "labelLimit": 300,
-        "symbolStrokeWidth": 1.5,
-    },
     "text": {"fontSize": 10},
 }
 
 WHOSE = {"apreqel": "ours", "stock preset": "stock", "one type": "uniform", "other": "other"}
+# Forms in a plot, and in the words around it.
 _HOW = {
-    "predicted": "circle",
-    "measured on check text": "square",
-    "measured": "square",
-    "verified on held-out text": "diamond",
+    "predicted": ("circle", "○"),
+    "measured on check text": ("square", "■"),
+    "measured": ("square", "■"),
+    "verified on held-out text": ("diamond", "◆"),
 }
+_LINES = ("circle", "●"), ("square", "■"), ("diamond", "◆"), ("triangle-up", "▲"), ("cross", "✚")
 _KINDS = {
     **dict.fromkeys(("plan", "ours", "closest", "fast"), "apreqel"),
     "stock": "stock preset",
@@ -83,12 +75,29 @@ _FLOOR_NATS = 1e-9  # logarithms need more than zero
 
 
 @dataclass(frozen=True)
+class Key:
+    """What a colour or a form stands for. `colour` is one of CSS."""
+
+    form: str
+    colour: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A specification for each width, and the keys to read it by."""
+
+    spec: Plotter
+    keys: Sequence[Key] = ()
+
+
+@dataclass(frozen=True)
 class Plot:
-    """What is drawn at a width, with what is read out in its place."""
+    """What is drawn, with what is read out in its place."""
 
     title: str
     description: str
-    spec: Plotter
+    drawing: Drawing
     width: int = WIDE
 
 
@@ -107,10 +116,15 @@ def _chart(width: int, height: int, **rest: Any) -> Spec:
     return {**size, "padding": padding, "config": _CONFIG, **rest}
 
 
-def _palette(domain: Sequence[str], names: Sequence[str], title: str | None = None) -> Spec:
+def _palette(domain: Sequence[str], names: Sequence[str]) -> Spec:
+    """Colours without a legend: keys stand in the page, where there is room for them."""
     colours = [f"var(--{name})" for name in names]
-    legend = {"title": title, "symbolType": "square"}
-    return {"scale": {"domain": list(domain), "range": colours}, "legend": legend}
+    return {"scale": {"domain": list(domain), "range": colours}, "legend": None}
+
+
+def _keys(domain: Sequence[str], names: Sequence[str], forms: Sequence[str] = "■■■■■") -> list[Key]:
+    rows = zip(domain, names, forms, strict=False)
+    return [Key(form, f"var(--{name})", label) for label, name, form in rows]
 
 
 def _q(field: str, title: str, **more: Any) -> Spec:
@@ -147,7 +161,7 @@ def whose(kind: str) -> str:
 
 def over_size(
     dots: Sequence[Dot], line: Sequence[Dot], title: str, *, is_logarithmic: bool
-) -> Plotter:
+) -> Drawing:
     """Files by size, their values with intervals; `line` joins those of the front."""
     scale = {"nice": False, "padding": 10, "zero": False}
     scale = {"type": "log", "nice": False, "padding": 10} if is_logarithmic else scale
@@ -155,8 +169,11 @@ def over_size(
     ways = sorted({d.how for d in dots}, key=list(_HOW).index)
 
     named = sorted((d for d in dots if d.name), key=lambda d: d.size_bytes)
-    # In turn to either side, as sizes of presets come in pairs.
-    sides = ("left", named[::2]), ("right", named[1::2])
+    # Sizes of presets come in pairs, S and M; the last has no room to its right.
+    left = [d for d in named if d.name.endswith("_S") or d is named[-1]]
+    sides = ("right", left), ("left", [d for d in named if d not in left])
+    keys = _keys(shown, [WHOSE[w] for w in shown], "■■■■")
+    keys += [Key(_HOW[way][1], "var(--ink)", way) for way in ways]
 
     def spec(width: int) -> Spec:
         axis = {"tickCount": width // 80}
@@ -164,34 +181,32 @@ def over_size(
         x = _q("mb", "file size, MB", scale=place, axis=axis)
         y = _q("value", title, scale=scale)
         colour = {"field": "whose", **_palette(shown, [WHOSE[w] for w in shown])}
-        silent = {**colour, "legend": None}
-        legend = {"title": None, "symbolFillColor": "var(--ink)", "symbolStrokeColor": "var(--ink)"}
-        forms = {"domain": ways, "range": [_HOW[w] for w in ways]}
-        shape = {"field": "how", "scale": forms, "legend": legend}
+        forms = {"domain": ways, "range": [_HOW[w][0] for w in ways]}
+        shape = {"field": "how", "scale": forms, "legend": None}
         layers: list[Spec] = []
         if line:
             mark = {"type": "line", "strokeWidth": 1.5, "aria": False, "color": "var(--ours)"}
             data = {"values": [d.row for d in line]}
             layers.append({"data": data, "mark": mark, "encoding": {"x": x, "y": y}})
-        bars = {"y": _q("low", title, scale=scale), "y2": {"field": "high"}, "color": silent}
+        bars = {"y": _q("low", title, scale=scale), "y2": {"field": "high"}, "color": colour}
         rule = {"type": "rule", "strokeWidth": 1.5, "opacity": 0.5, "aria": False}
         layers.append({"mark": rule, "encoding": {"x": x, **bars}})
         # Hollow where predicted.
         hollow = {"test": "datum.how === 'predicted'", "value": "var(--paper)"}
-        marks = {"stroke": colour, "fill": {**silent, "condition": hollow}, "shape": shape,
+        marks = {"stroke": colour, "fill": {**colour, "condition": hollow}, "shape": shape,
                  "description": {"field": "text"}}  # fmt: skip
         point = {"type": "point", "filled": True, "strokeWidth": 1.5, "size": 60, "opacity": 1}
         layers.append({"mark": point, "encoding": {"x": x, "y": y, **marks}})
         for side, some in sides:
             shift = 8 if side == "left" else -8
             mark = {"type": "text", "align": side, "dx": shift, "dy": -7, "aria": False}
-            names = {"x": x, "y": y, "text": {"field": "name"}, "color": silent}
+            names = {"x": x, "y": y, "text": {"field": "name"}, "color": colour}
             data = {"values": [d.row for d in some]}
             layers.append({"data": data, "mark": mark, "encoding": names})
-        height = 330 if width <= NARROW else 380
+        height = 300 if width <= NARROW else 350
         return _chart(width, height, data={"values": [d.row for d in dots]}, layer=layers)
 
-    return spec
+    return Drawing(spec, keys)
 
 
 def predicted_dot(file: PredictedFile, text: str) -> Dot:
@@ -201,7 +216,7 @@ def predicted_dot(file: PredictedFile, text: str) -> Dot:
 
 def name_of(file: PredictedFile) -> str:
     """What is written beside it."""
-    return file.label if file.kind in ("stock", "plan") else ""
+    return file.label if file.kind == "stock" else ""
 
 
 def checked_dot(file: MeasuredOnCheck, text: str) -> Dot:
@@ -228,7 +243,7 @@ def colours_of(types: Mapping[str, float]) -> dict[str, tuple[str, str]]:
     return found
 
 
-def tensor_map(parts: PlanParts, text: Callable[[TensorFacts], str]) -> Plotter:
+def tensor_map(parts: PlanParts, text: Callable[[TensorFacts], str]) -> Drawing:
     """Layers by roles, coloured and lettered by type."""
     colours = colours_of({t.type_name: t.bits_per_weight for t in parts.tensors})
     layers = sorted({t.layer for t in parts.tensors if t.layer is not None})
@@ -256,9 +271,7 @@ def tensor_map(parts: PlanParts, text: Callable[[TensorFacts], str]) -> Plotter:
         x = {**x, "type": "nominal", "axis": {"orient": "top", "labelAngle": 0 if is_wide else -90}}
         y = {**y, "type": "nominal", "axis": {}}
         scale = {"domain": list(colours), "range": [fill for fill, _ in colours.values()]}
-        legend = {"title": "quant type, from few to many bits", "symbolType": "square",
-                  "direction": "horizontal", "columns": 4 if width <= NARROW else 10}  # fmt: skip
-        colour = {"field": "type", "type": "nominal", "scale": scale, "legend": legend}
+        colour = {"field": "type", "type": "nominal", "scale": scale, "legend": None}
         cells = {"mark": {"type": "rect", "stroke": "var(--paper)"},
                  "encoding": {"color": colour, "description": {"field": "text"}}}  # fmt: skip
         marks: list[Spec] = [cells]
@@ -267,17 +280,17 @@ def tensor_map(parts: PlanParts, text: Callable[[TensorFacts], str]) -> Plotter:
             letters = {"text": {"field": "type"}, "color": ink}
             marks.append({"mark": {"type": "text", "fontSize": 9, "aria": False},
                           "encoding": letters})  # fmt: skip
-        height = 130 + len(down) * (26 if is_wide else 17)
+        height = 90 + len(down) * (26 if is_wide else 17)
         encoding = {"x": x, "y": y}
         return _chart(width, height, data={"values": rows}, layer=marks, encoding=encoding)
 
-    return spec
+    return Drawing(spec, [Key("■", fill, name) for name, (fill, _) in colours.items()])
 
 
 # --- shares, tails, kernels, memory --------------------------------------------------------------
 
 
-def shares(rows: Sequence[tuple[str, str, float, str]]) -> Plotter:
+def shares(rows: Sequence[tuple[str, str, float, str]]) -> Drawing:
     """(role, measure, part of all, text): bars side by side."""
     values = [dict(zip(("role", "of", "part", "text"), row, strict=True)) for row in rows]
     roles = list(dict.fromkeys(row[0] for row in rows))
@@ -286,17 +299,17 @@ def shares(rows: Sequence[tuple[str, str, float, str]]) -> Plotter:
     def spec(width: int) -> Spec:
         y = {"field": "role", "type": "nominal", "title": None, "sort": roles}
         offset = {"field": "of", "sort": measures}
-        x = _q("part", "part of all", axis={"format": ".0%", "tickCount": 5}, scale={"nice": False})
+        x = _q("part", "part of all", axis={"format": ".0%", "tickCount": 4}, scale={"nice": False})
         colour = {"field": "of", **_palette(measures, _SERIES)}
         encoding = {"x": x, "y": y, "yOffset": offset, "color": colour,
                     "description": {"field": "text"}}  # fmt: skip
-        height = 110 + len(roles) * (12 * len(measures) + 6)
+        height = 50 + len(roles) * (12 * len(measures) + 6)
         return _chart(width, height, data={"values": values}, mark="bar", encoding=encoding)
 
-    return spec
+    return Drawing(spec, _keys(measures, _SERIES))
 
 
-def tails(found: Verified, parts: Sequence[float]) -> Plotter:
+def tails(found: Verified, parts: Sequence[float]) -> Drawing:
     """Each file's divergence against the part of the tokens that are farther off."""
     files = [file.label for file in found.quantised]
     values = [
@@ -311,6 +324,7 @@ def tails(found: Verified, parts: Sequence[float]) -> Plotter:
         if 1 - part <= _PART_SHOWN
     ]
     names = [_SERIES[i % len(_SERIES)] for i in range(len(files))]
+    forms = [_LINES[i % len(_LINES)] for i in range(len(files))]
 
     def spec(width: int) -> Spec:
         ticks = [0.5, 0.1, 0.05, 0.01, 0.001]
@@ -319,18 +333,19 @@ def tails(found: Verified, parts: Sequence[float]) -> Plotter:
         x = _q("farther", "tokens that are farther off", axis=axis, scale=scale)
         y = _q("nats", "KL divergence, nats", scale={"type": "log"})
         colour = {"field": "file", **_palette(files, names)}
-        shape = {"field": "file", "scale": {"domain": files}, "legend": {"title": None}}
+        shape = {"field": "file", "legend": None,
+                 "scale": {"domain": files, "range": [f for f, _ in forms]}}  # fmt: skip
         line = {"mark": {"type": "line", "aria": False}, "encoding": {"color": colour}}
         point = {"type": "point", "filled": True, "size": 50, "opacity": 1}
         marks = {"color": colour, "shape": shape, "description": {"field": "text"}}
         encoding = {"x": x, "y": y}
         layer = [line, {"mark": point, "encoding": marks}]
-        return _chart(width, 340, data={"values": values}, layer=layer, encoding=encoding)
+        return _chart(width, 300, data={"values": values}, layer=layer, encoding=encoding)
 
-    return spec
+    return Drawing(spec, _keys(files, names, [sign for _, sign in forms]))
 
 
-def kernels(found: Kernels, decode: bool, text: Callable[[int], str]) -> Plotter:
+def kernels(found: Kernels, decode: bool, text: Callable[[int], str]) -> Drawing:
     """Tokens/s of the whole model in each type, with intervals; dominated types are pale."""
     values = []
     for i, kernel in enumerate(found.types):
@@ -341,7 +356,7 @@ def kernels(found: Kernels, decode: bool, text: Callable[[int], str]) -> Plotter
                 "value": speed.value,
                 "low": speed.low,
                 "high": speed.high,
-                "pale": 0.35 if kernel.dominated_by else 0.9,
+                "pale": 0.25 if kernel.dominated_by else 0.65,
                 "text": text(i),
             }
         )
@@ -353,18 +368,15 @@ def kernels(found: Kernels, decode: bool, text: Callable[[int], str]) -> Plotter
         opacity = {"field": "pale", "type": "quantitative", "scale": None, "legend": None}
         bar = {"x": x, "opacity": opacity, "description": {"field": "text"}}
         rule = {"x": {**x, "field": "low"}, "x2": {"field": "high"}}
-        ink = "var(--ink)"
+        line = {"type": "rule", "opacity": 0.7, "aria": False}
         layer = [
             {"mark": {"type": "bar", "color": "var(--ours)"}, "encoding": bar},
-            {
-                "mark": {"type": "rule", "color": ink, "opacity": 0.7, "aria": False},
-                "encoding": rule,
-            },
+            {"mark": {**line, "color": "var(--ink)"}, "encoding": rule},
         ]
         height = 60 + 18 * len(values)
         return _chart(width, height, data={"values": values}, layer=layer, encoding={"y": y})
 
-    return spec
+    return Drawing(spec)
 
 
 MEMORY_PARTS = ("the file", "repacked copies", "KV cache", "buffers")
@@ -375,7 +387,7 @@ def memory_parts(use: MemoryUse) -> tuple[int, int, int, int]:
     return use.file_bytes, use.copied_bytes, use.kv_bytes, use.rest_bytes
 
 
-def memory(uses: Sequence[MemoryUse]) -> Plotter:
+def memory(uses: Sequence[MemoryUse]) -> Drawing:
     """What a run takes with its whole context filled, by context."""
     values = [
         {
@@ -398,6 +410,6 @@ def memory(uses: Sequence[MemoryUse]) -> Plotter:
         colour = {"field": "part", **_palette(MEMORY_PARTS, _SERIES)}
         encoding = {"x": x, "y": y, "color": colour, "order": {"field": "order"},
                     "description": {"field": "text"}}  # fmt: skip
-        return _chart(width, 320, data={"values": values}, mark="bar", encoding=encoding)
+        return _chart(width, 300, data={"values": values}, mark="bar", encoding=encoding)
 
-    return spec
+    return Drawing(spec, _keys(MEMORY_PARTS, _SERIES))

@@ -203,14 +203,14 @@ def speed(report: ModelReport) -> Section:
 
 def _speed_plot(
     files: Sequence[PredictedFile], timed: Sequence[Measured], is_decode: bool
-) -> charts.Plotter:
+) -> charts.Drawing:
     dots, what = [], "decode" if is_decode else "prefill"
     for f in files:
         if f.speed is not None:
             speed: Range = f.speed.decode if is_decode else f.speed.prefill
             text = f"{_predicted_text(f)}; {what} {ranged(speed)} tokens/s"
             place = f.size_bytes, speed.value, speed.low, speed.high
-            whose, name = charts.whose(f.kind), charts.name_of(f)
+            whose, name = charts.whose(f.kind), "the plan" if f.kind == "plan" else ""
             dots.append(Dot(f.label, whose, "predicted", *place, text, name))
     for m in timed:
         if m.speed is not None and m.label != "original":

@@ -115,7 +115,7 @@ def _sections(report: ModelReport) -> list[Section]:
 
 
 def _both_widths(plot: Plot) -> tuple[str, str]:
-    return drawn(plot.spec(NARROW)), drawn(plot.spec(plot.width))
+    return drawn(plot.drawing.spec(NARROW)), drawn(plot.drawing.spec(plot.width))
 
 
 def _head(report: ModelReport) -> dict[str, Any]:
