@@ -283,6 +283,11 @@ def test_what_is_missing_is_said_with_its_command(
     (folder / "verification.json").write_text(json.dumps(old))
     verify = "apreqel verify FILE.gguf --plan plan.json --against Q4_K_M --model"
     assert f"The verification is an older apreqel's. {verify} '{MODEL}'" in shown()
+    (ratios,) = folder.glob("moments-*/ratios.json")
+    ratios.unlink()
+    text = shown()
+    assert "predictions are for weights as ggml rounds." in text
+    assert "What the plan was chosen from was measured anew since, or is gone" in text
     (folder / "plan.json").unlink()
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "nothing"))
     text = shown()

@@ -105,7 +105,7 @@ def drawn(spec: Spec) -> str:
     """The plot as SVG. Texts in it are escaped."""
     import vl_convert
 
-    return vl_convert.vegalite_to_svg(spec, allowed_base_urls=[], show_warnings=False)
+    return str(vl_convert.vegalite_to_svg(spec, allowed_base_urls=[], show_warnings=False))
 
 
 def _chart(width: int, height: int, **rest: Any) -> Spec:
@@ -163,8 +163,8 @@ def over_size(
     dots: Sequence[Dot], line: Sequence[Dot], title: str, *, is_logarithmic: bool
 ) -> Drawing:
     """Files by size, their values with intervals; `line` joins those of the front."""
-    scale = {"nice": False, "padding": 10, "zero": False}
-    scale = {"type": "log", "nice": False, "padding": 10} if is_logarithmic else scale
+    kind: Spec = {"type": "log"} if is_logarithmic else {"zero": False}
+    scale: Spec = {**kind, "nice": False, "padding": 10}
     shown = sorted({d.whose for d in dots}, key=list(WHOSE).index)
     ways = sorted({d.how for d in dots}, key=list(_HOW).index)
 
@@ -185,9 +185,9 @@ def over_size(
         shape = {"field": "how", "scale": forms, "legend": None}
         layers: list[Spec] = []
         if line:
-            mark = {"type": "line", "strokeWidth": 1.5, "aria": False, "color": "var(--ours)"}
+            front = {"type": "line", "strokeWidth": 1.5, "aria": False, "color": "var(--ours)"}
             data = {"values": [d.row for d in line]}
-            layers.append({"data": data, "mark": mark, "encoding": {"x": x, "y": y}})
+            layers.append({"data": data, "mark": front, "encoding": {"x": x, "y": y}})
         bars = {"y": _q("low", title, scale=scale), "y2": {"field": "high"}, "color": colour}
         rule = {"type": "rule", "strokeWidth": 1.5, "opacity": 0.5, "aria": False}
         layers.append({"mark": rule, "encoding": {"x": x, **bars}})
@@ -216,7 +216,7 @@ def predicted_dot(file: PredictedFile, text: str) -> Dot:
 
 def name_of(file: PredictedFile) -> str:
     """What is written beside it."""
-    return file.label if file.kind == "stock" else ""
+    return file.label if file.kind in ("stock", "plan") else ""
 
 
 def checked_dot(file: MeasuredOnCheck, text: str) -> Dot:
@@ -265,8 +265,8 @@ def tensor_map(parts: PlanParts, text: Callable[[TensorFacts], str]) -> Drawing:
     def spec(width: int) -> Spec:
         is_wide = width > NARROW and len(layers) <= _LANDSCAPE_LAYERS
         down, across = (roles, order) if is_wide else (order, roles)
-        along = {"field": "layer", "title": "layer", "sort": order}
-        by_role = {"field": "role", "title": None, "sort": roles}
+        along: Spec = {"field": "layer", "title": "layer", "sort": order}
+        by_role: Spec = {"field": "role", "title": None, "sort": roles}
         x, y = (along, by_role) if is_wide else (by_role, along)
         x = {**x, "type": "nominal", "axis": {"orient": "top", "labelAngle": 0 if is_wide else -90}}
         y = {**y, "type": "nominal", "axis": {}}

@@ -173,6 +173,7 @@ class ModelReport:
     plan: PlanFacts | Missing
     verified: Verified | Missing
     predicted: Sequence[PredictedFile] | Missing
+    rounding: Missing | None  # what rounding anew gives, where predictions have to do without
     workload: tuple[int, int]  # tokens of prompt and answer that speeds are predicted for
     checked: Sequence[MeasuredOnCheck] | Missing
     parts: PlanParts | Missing

@@ -51,15 +51,16 @@ def front(report: ModelReport) -> Section:
     )
     text = [
         "What can be had: the least KL divergence from the original for each size, as predicted, "
-        "beside real files. Predictions and the check text are for text like that of calibration; "
-        "the verification text is another. Intervals are of 95%."
+        "within what else was asked of the plan, beside real files. Predictions and the check text "
+        "are for text like that of calibration; the verification text is another. Intervals are of "
+        "95%."
     ]
     return Section(
         "Size against closeness",
         text,
         [plot] if dots else [],
         tables,
-        missing_of(predicted, checked, verified),
+        missing_of(predicted, report.rounding, checked, verified),
     )
 
 

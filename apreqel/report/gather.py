@@ -58,7 +58,7 @@ from apreqel.sensitivity.damage import Damage, damage_model
 from apreqel.sensitivity.equalise import kept_model
 from apreqel.sensitivity.kv_cache import KV_FILE, CacheSensitivity
 from apreqel.sensitivity.measurement import ProbedModel, probed_model
-from apreqel.sensitivity.rounding import Rounding
+from apreqel.sensitivity.rounding import Rounding, RoundingRatios
 from apreqel.workspace import PLAN_FILE, VERIFICATION_FILE, Workspace
 
 _LEAST_CONTEXT = 512
@@ -138,6 +138,7 @@ class Source:
             self._plan(),
             self._verified(),
             self._predicted(),
+            self._without_rounding(),
             request.workload,
             self._checked(),
             self._parts(),
@@ -169,6 +170,13 @@ class Source:
         return probed_model(self.space)
 
     @cached_property
+    def ratios(self) -> RoundingRatios | None:
+        """What rounding anew gives, where plans are rounded so and it was measured."""
+        if self.probed is None or self.request.plain:
+            return None
+        return Rounding(self.probed).known_ratios()
+
+    @cached_property
     def planner(self) -> Planner | None:
         """With all that is known of totals; in KL divergence, whatever the plan made small.
 
@@ -176,11 +184,10 @@ class Source:
         """
         if self.probed is None:
             return None
-        known = None if self.request.plain else Rounding(self.probed).known_ratios()
         damage = replace(
             damage_model(self.probed.sensitivity),
             files=measured_files(self.probed).own,
-            rounding_ratios=known.ratios if known else {},
+            rounding_ratios=self.ratios.ratios if self.ratios else {},
         )
         path = self.space.folder / KV_FILE
         caches = CacheSensitivity.load(path, self.space.sha256) if path.exists() else None
@@ -296,6 +303,14 @@ class Source:
             found.insert(0, PredictedFile("the plan", "plan", *row))
         return found
 
+    def _without_rounding(self) -> Missing | None:
+        if self.probed is None or self.request.plain or self.ratios is not None:
+            return None
+        why = (
+            "What rounding anew gives was not measured: predictions are for weights as ggml rounds."
+        )
+        return self._missing(why, "plan")
+
     def _checked(self) -> Sequence[MeasuredOnCheck] | Missing:
         if self.probed is None:
             return self._not_probed
@@ -317,8 +332,11 @@ class Source:
         files = [f for f in planner.damage.files if f.key in made.measured_files]
         known = planner.probed.sensitivity.digest, len(files)
         is_of_plan = known == (made.sensitivity_digest, len(made.measured_files))
+        is_of_plan &= not made.is_rounded or self._without_rounding() is None
         # As it was planned: swaps around the plan tell what tensors do within it.
         damage = replace(planner.damage, files=files, swaps=made.swaps, metric=made.metric)
+        if not made.is_rounded:
+            damage = replace(damage, rounding_ratios={})
         options = replace(planner, damage=damage).options(self.profile)
         types = {**made.types, CACHES: "/".join(made.cache_types)}
         choice = tuple(j for j in options.choice_of(types) if j is not None)

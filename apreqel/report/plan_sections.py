@@ -21,8 +21,8 @@ def parts(found: PlanParts | Missing) -> Iterator[Section]:
         []
         if found.is_of_plan
         else [
-            "What the plan was chosen from was measured anew since: damages here are as they are "
-            "known now. apreqel plan makes a plan from these."
+            "What the plan was chosen from was measured anew since, or is gone: damages here are "
+            "as they are known now. apreqel plan makes a plan from these."
         ]
     )
     text = (
