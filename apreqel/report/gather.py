@@ -62,6 +62,8 @@ from apreqel.sensitivity.rounding import Rounding, RoundingRatios
 from apreqel.workspace import PLAN_FILE, VERIFICATION_FILE, Workspace
 
 _LEAST_CONTEXT = 512
+# Each takes a second or less to solve; their line needs no more.
+_FRONT_POINTS = 16
 
 
 # --- opening -------------------------------------------------------------------------------------
@@ -278,7 +280,7 @@ class Source:
             return self._not_probed
         found: list[PredictedFile] = []
         try:
-            front = pareto_front(planner)
+            front = pareto_front(planner, _FRONT_POINTS)
         except InfeasiblePlanError as error:
             return self._missing(f"No plan meets the limits: {error}.", "plan")
         for kind, points in (("", front.points), ("stock", front.stock)):
