@@ -42,6 +42,7 @@ def test_help_and_version() -> None:
         ["quantize"],
         ["verify"],
         ["compare"],
+        ["report"],
         ["auto"],
     ):
         done = apreqel(*command, "--help")

@@ -170,8 +170,11 @@ def over_size(
 
     named = sorted((d for d in dots if d.name), key=lambda d: d.size_bytes)
     # Sizes of presets come in pairs, S and M; the last has no room to its right.
-    left = [d for d in named if d.name.endswith("_S") or d is named[-1]]
-    sides = ("right", left), ("left", [d for d in named if d not in left])
+    plan = [d for d in named if d.whose == "apreqel"]
+    presets = [d for d in named if d not in plan]
+    left = [d for d in presets if d.name.endswith("_S") or d is presets[-1]]
+    right = [d for d in presets if d not in left]
+    beside = ("right", -8, -7, left), ("left", 8, -7, right), ("left", 7, 13, plan)
     keys = _keys(shown, [WHOSE[w] for w in shown], "■■■■")
     keys += [Key(_HOW[way][1], "var(--ink)", way) for way in ways]
 
@@ -197,9 +200,8 @@ def over_size(
                  "description": {"field": "text"}}  # fmt: skip
         point = {"type": "point", "filled": True, "strokeWidth": 1.5, "size": 60, "opacity": 1}
         layers.append({"mark": point, "encoding": {"x": x, "y": y, **marks}})
-        for side, some in sides:
-            shift = 8 if side == "left" else -8
-            mark = {"type": "text", "align": side, "dx": shift, "dy": -7, "aria": False}
+        for side, across, down, some in beside:
+            mark = {"type": "text", "align": side, "dx": across, "dy": down, "aria": False}
             names = {"x": x, "y": y, "text": {"field": "name"}, "color": colour}
             data = {"values": [d.row for d in some]}
             layers.append({"data": data, "mark": mark, "encoding": names})
