@@ -100,6 +100,9 @@ Model = Annotated[
         "org/name[@revision], or 'demo'.",
     ),
 ]
+ModelOrPlan = Annotated[
+    str, Argument(metavar="MODEL|PLAN", help="The original GGUF, or a plan.json made for it.")
+]
 PlanFile = Annotated[Path, Argument(metavar="PLAN", help="A plan.json.")]
 Json = Annotated[bool, Option("--json", help="Results as JSON on stdout.")]
 Quiet = Annotated[bool, Option("--quiet", "-q", help="No progress on stderr.")]
@@ -152,6 +155,7 @@ ExportTo = Annotated[Path | None, Option("--export", help="Write the profile to 
 ImportFrom = Annotated[Path | None, Option("--import", help="Take up another device's profile.")]
 ImatrixFile = Annotated[Path | None, Option("--imatrix", help="Use this imatrix, GGUF or .dat.")]
 PlanOutput = Annotated[Path | None, Option("--output", "-o", help="[plan.json]")]
+ReportOutput = Annotated[Path, Option("--output", "-o", help="The HTML file to write.")]
 TensorName = Annotated[str | None, Argument(metavar="[TENSOR]")]
 QuantisedFile = Annotated[Path, Argument(metavar="GGUF", help="The quantised file.")]
 Original = Annotated[str | None, Option(help="The original [that of the plan].")]

@@ -32,7 +32,7 @@ SCHEMA_VERSIONS = {
     "device-profile": 3,
     "sensitivity": 3,
     "plan": 5,
-    "verification": 2,
+    "verification": 3,
     "model-hash": 1,
     "cache-sensitivity": 1,
     "measured-files": 2,
@@ -144,17 +144,24 @@ class Record:
             return cls(provenance, **{n: from_json(hints[n], v, n) for n, v in data.items()})
 
     @classmethod
+    def load_current(cls, path: Path, model_sha256: str) -> Self | None:
+        """What is kept at `path`; None for nothing, or an older layout. Raises ArtifactError."""
+        if not path.exists():
+            return None
+        try:
+            return cls.load(path, model_sha256)
+        except OldLayoutError:
+            return None
+
+    @classmethod
     def load_same(cls, path: Path, provenance: Provenance) -> Self | None:
         """What is kept at `path`, if it was measured in this way; None where there is none.
 
         Whichever version of apreqel wrote it; one in an older layout is measured again. Raises
         ArtifactError.
         """
-        if not path.exists():
-            return None
-        try:
-            found = cls.load(path, provenance.model_sha256)
-        except OldLayoutError:
+        found = cls.load_current(path, provenance.model_sha256)
+        if found is None:
             return None
         same = replace(found.provenance, apreqel_version=provenance.apreqel_version) == provenance
         return found if same else None

@@ -14,7 +14,7 @@ from apreqel import __version__, last_words
 from apreqel import arguments as arg
 from apreqel.commands.files import auto, compare, quantize, verify
 from apreqel.commands.measuring import inspect, probe, profile
-from apreqel.commands.planning import explain, plan
+from apreqel.commands.planning import explain, plan, report
 from apreqel.commands.publishing import doctor, export, run
 from apreqel.console.terminal import write
 from apreqel.errors import ApreqelError, Interrupted, Killed, UsageError, printable
@@ -61,7 +61,8 @@ def root(version: arg.Version = False) -> None:
 
 
 for command in (
-    inspect, profile, probe, plan, explain, quantize, verify, compare, auto, export, run, doctor
+    inspect, profile, probe, plan, explain, quantize, verify, compare, auto, report, export, run,
+    doctor,
 ):  # fmt: skip
     app.command(cls=Command)(command)
 

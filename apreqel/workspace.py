@@ -72,8 +72,7 @@ def opened(
     require_float_source(inventory, allow_requantize)
     if not inventory.quantizable:
         raise UsageError(f"{model}: holds no tensor that can be quantised")
-    beside = Path.cwd() if name == DEMO else model.parent
-    folder = folder or beside / f"{model.name}.apreqel"
+    folder = folder or folder_of(name, model)
     _require_ours(folder)
     last_words.note(model=model, folder=folder.absolute())
     with _swept(folder):
@@ -81,6 +80,11 @@ def opened(
         yield Workspace(
             inventory, sha256, folder, allow_requantize=allow_requantize, progress=progress
         )
+
+
+def folder_of(name: str, model: Path) -> Path:
+    """The work folder where none is given; that of the demo is where the user is."""
+    return (Path.cwd() if name == DEMO else model.parent) / f"{model.name}.apreqel"
 
 
 @contextmanager

@@ -105,6 +105,15 @@ ROOMS: dict[str, list[str]] = {
     "from_plan": [],
     "forecast": [],
     "pipeline": [],
+    "report": [
+        "facts",
+        "gather",
+        "charts",
+        "sections",
+        "file_sections",
+        "plan_sections",
+        "page",
+    ],
     "publish": [
         "naming",
         "records",
@@ -127,6 +136,7 @@ ROOMS: dict[str, list[str]] = {
         "explain",
         "verify",
         "publishing",
+        "report",
     ],
     "arguments": [],
     "commands": ["given", "measuring", "planning", "files", "publishing"],

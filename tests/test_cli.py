@@ -43,6 +43,7 @@ def test_help_and_version() -> None:
         ["quantize"],
         ["verify"],
         ["compare"],
+        ["report"],
         ["auto"],
         ["export"],
         ["run"],

@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import models
@@ -115,6 +116,9 @@ def test_the_card_says_what_the_records_say(done: Finished, exported: Exported) 
         assert float(row[8].split(" ")[0]) == pytest.approx(measured.speed.decode, abs=0.051)  # type: ignore[union-attr]
     assert f"`{name}`" in rows[1][0] and kept[1]["path"] == name
     assert (exported.folder / name).stat().st_size == done.report.files[1].size_bytes
+    if find_spec("vl_convert"):
+        report = (exported.folder / "report.html").read_text()
+        assert 'data-made-by="apreqel report"' in report and "`report.html`" in card
 
 
 def test_the_name_is_that_of_the_convention(done: Finished, exported: Exported) -> None:

@@ -784,6 +784,8 @@ def test_verification_measures_what_numpy_measures(llama_model: Path, tmp_path: 
     assert poor.kld.mean == pytest.approx(np.mean(kld), rel=2e-3)
     assert poor.kld_median == pytest.approx(np.median(kld), rel=2e-3)
     assert poor.kld_p999 == pytest.approx(np.quantile(kld, 0.999), rel=2e-3)
+    quantiles = np.quantile(kld, verify.KLD_PARTS)
+    assert poor.kld_quantiles == pytest.approx(quantiles.tolist(), rel=5e-3)
     assert poor.top1.mean == np.mean(same) < 1
     assert poor.perplexity == pytest.approx(np.exp(np.mean(nll)), rel=1e-4)
     assert poor.perplexity_interval[0] < poor.perplexity < poor.perplexity_interval[1]

@@ -397,8 +397,11 @@ def test_an_explanation_holds_when_tried(inventory: Inventory) -> None:
             assert changed[e.tensor] != e.chosen, e
             tried += 1
     assert tried >= 3
-    shares = explain.shares_by_role(found, inventory)
+    shares = explain.shares_by_role(found.options, found.solution.choice, inventory)
     assert sum(s.n_tensors for s in shares) == len(inventory.quantizable)
+    chosen = found.options.types_of(found.solution)
+    damages = [found.options.damage.damage(name, t).nats for name, t in chosen.items()]
+    assert sum(s.damage_nats for s in shares) == pytest.approx(sum(damages))
     with pytest.raises(UsageError, match=r"did you mean blk\.0\.attn_q\.weight"):
         explain.explain_tensor(found, "attn_q")
 

@@ -27,8 +27,9 @@ from apreqel.llama.footprint import measure_footprint
 from apreqel.llama.graphs import HeadShape, MatrixShape
 from apreqel.llama.kernels import KernelBench
 from apreqel.llama.library import listen_to_log
+from apreqel.llama.quants import fake_quantize, supports
 from apreqel.model.inventory import Inventory, read_inventory
-from apreqel.model.qtypes import KV_TYPES, lookup
+from apreqel.model.qtypes import KV_TYPES, TYPICAL_ERRORS, lookup
 from apreqel.workspace import Workspace
 
 SCHEMA = Path(__file__).parent.parent / "device_profiles" / "schema.json"
@@ -324,8 +325,28 @@ def test_shapes_never_timed_borrow_from_the_nearest(
 
 def test_dominated_types(rows_576_model: Path) -> None:
     inventory = read_inventory(rows_576_model)
-    made = made_up(inventory, {"Q4_0": (1, 1), "Q5_0": (2, 2), "Q8_0": (3, 0.5)})
-    assert profile.dominated(profile.type_speeds(made, inventory)) == {"Q5_0": "Q4_0"}
+    seconds = {"Q4_0": (1, 1), "Q4_1": (1, 1), "Q5_0": (2, 2), "Q5_1": (1, 1), "Q8_0": (3, 3)}
+    speeds = profile.type_speeds(made_up(inventory, seconds), inventory)
+    # A smaller, faster type that is farther from the original is another choice, no better one.
+    assert profile.dominated(speeds) == {}
+    # One that is as close, as small and as fast leaves no use for the other.
+    as_close = {"Q4_0": 0.1, "Q4_1": 0.1, "Q5_0": 0.05, "Q5_1": 0.02, "Q8_0": 0.05}
+    assert profile.dominated(speeds, as_close) == {"Q4_1": "Q4_0", "Q8_0": "Q5_1"}
+    # Of types whose error is not known nothing is said.
+    assert profile.dominated(speeds, {"Q4_0": 0.1, "Q4_1": 0.1}) == {"Q4_1": "Q4_0"}
+
+
+def test_typical_errors_are_those_of_ggml() -> None:
+    weights = np.random.default_rng(0).standard_normal((64, 1024)).astype(np.float32)
+    tried = 0
+    for name, error in TYPICAL_ERRORS.items():
+        # The tables of the smallest types take seconds to build.
+        if not lookup(name).needs_imatrix and supports(lookup(name)):
+            off = fake_quantize(weights, lookup(name), None) - weights
+            found = float(np.square(off).sum() / np.square(weights).sum())
+            assert found == pytest.approx(error, rel=0.02), name
+            tried += 1
+    assert tried > 12
 
 
 def test_overhead_is_fitted() -> None:

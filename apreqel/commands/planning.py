@@ -1,13 +1,14 @@
-"""`plan` and `explain`."""
+"""`plan`, `explain` and `report`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from apreqel import arguments as arg
 from apreqel.commands.given import calibration_texts, foretell, without_own_type, workspace
-from apreqel.console.terminal import answer
+from apreqel.console.terminal import Reporter, answer
 from apreqel.plan.wishes import Wishes
 
 
@@ -69,7 +70,7 @@ def explain(plan: arg.PlanFile, tensor: arg.TensorName = None, json: arg.Json = 
 
     solved, made, inventory = pipeline.explained(plan)
     if tensor is None:
-        shares = reasons.shares_by_role(solved, inventory)
+        shares = reasons.shares_by_role(solved.options, solved.solution.choice, inventory)
         closest = reasons.closest_choices(solved, 12)
         told = {"roles": shares, "closest": closest, "binding": made.binding}
         answer(json, view.show, shares, closest, made, data=lambda *_: told)
@@ -78,3 +79,20 @@ def explain(plan: arg.PlanFile, tensor: arg.TensorName = None, json: arg.Json = 
     following = reasons.next_type(solved, list(solved.options.names).index(tensor))
     told = {"types": prices, "next": following, "binding": made.binding}
     answer(json, view.show_tensor, prices, following, made, data=lambda *_: told)
+
+
+def report(
+    model: arg.ModelOrPlan,
+    output: arg.ReportOutput = Path("report.html"),
+    workdir: arg.Workdir = None,
+    force: arg.Force = False,
+    json: arg.Json = False,
+    quiet: arg.Quiet = False,
+) -> None:
+    """One page to keep or to send: the plan, what was measured, the device. Measures nothing."""
+    from apreqel.console import report as view
+    from apreqel.report.page import require_extra, written
+
+    require_extra()
+    found = written(model, workdir, output, force, Reporter(quiet))
+    answer(json, view.show, found, output)

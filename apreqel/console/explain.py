@@ -15,7 +15,8 @@ def show(shares: Sequence[RoleShare], closest: Sequence[NextType], plan: Plan) -
     """What each role takes, which limits bind, and which choices were close."""
     total = sum(share.damage_nats for share in shares) or 1.0
     rows = (_share_cells(share, total) for share in shares)
-    write(table("role", "tensors", "size", "damage, nats", "of all", "types", rows=rows))
+    columns = "role", "tensors", "size", "damage, nats", "of all", "decode us", "prefill us"
+    write(table(*columns, "types", rows=rows))
     write(DAMAGE[plan.metric])
     show_binding(plan)
     choices = map(_choice_cells, closest)
@@ -25,7 +26,10 @@ def show(shares: Sequence[RoleShare], closest: Sequence[NextType], plan: Plan) -
 
 def _share_cells(share: RoleShare, total: float) -> Sequence[str]:
     damage = f"{share.damage_nats:.5f}", f"{share.damage_nats / total:.0%}"
-    return share.role, str(share.n_tensors), size(share.size_bytes), *damage, ", ".join(share.types)
+    seconds = share.decode_seconds, share.prefill_seconds
+    times = ["-" if s is None else f"{1e6 * s:.1f}" for s in seconds]
+    kinds = ", ".join(share.types)
+    return share.role, str(share.n_tensors), size(share.size_bytes), *damage, *times, kinds
 
 
 def _choice_cells(e: NextType) -> Sequence[str]:

@@ -21,7 +21,8 @@ def show(profile: DeviceProfile, inventory: Inventory) -> None:
     write(
         f"Predicted tokens/s of {inventory.name} with its products in that type, where rows do not "
         f"fit it in the nearest one; prompts of {profile.n_prompt} tokens; 95% intervals. "
-        "Dominated: the other type is no larger and no slower."
+        "Dominated: the other type is as close (to normally distributed weights), no larger and no "
+        "slower."
     )
     _show_overhead(profile, inventory)
 

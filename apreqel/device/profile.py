@@ -26,7 +26,7 @@ from apreqel.device.machine import Device
 from apreqel.device.shapes import CACHE_PIVOT, head_shape, matrix_shape, parse_key, shapes_of
 from apreqel.errors import UsageError
 from apreqel.estimates import Range
-from apreqel.model.qtypes import USUAL_CACHES, lookup, nearest
+from apreqel.model.qtypes import TYPICAL_ERRORS, USUAL_CACHES, lookup, nearest
 
 if TYPE_CHECKING:
     from apreqel.llama.graphs import MatrixShape
@@ -387,15 +387,23 @@ def type_speeds(profile: DeviceProfile, inventory: Inventory) -> dict[str, tuple
     }
 
 
-def dominated(speeds: Mapping[str, tuple[Speed, float]]) -> dict[str, str]:
-    """Types that another one beats in bytes, prefill and decode alike: {type: the other}.
+def dominated(
+    speeds: Mapping[str, tuple[Speed, float]], errors: Mapping[str, float] = TYPICAL_ERRORS
+) -> dict[str, str]:
+    """Types that there is no use for: {type: one as close, as small and as fast, not equal in all}.
 
-    Only types that the whole model can hold are compared.
+    `errors` tell how far each type is from the original, in any one measure. Only types that the
+    whole model can hold, and whose error is known, are compared.
     """
     rows = {
-        name: (lookup(name).bits_per_weight, -speed.prefill.value, -speed.decode.value)
+        name: (
+            errors[name],
+            lookup(name).bits_per_weight,
+            -speed.prefill.value,
+            -speed.decode.value,
+        )
         for name, (speed, share) in speeds.items()
-        if share == 1
+        if share == 1 and name in errors
     }
     return {
         name: min(better, key=lambda other: rows[other])

@@ -111,7 +111,7 @@ class FileBench(AbstractContextManager["FileBench"]):
         `plain`: as ggml rounds it, whatever the bench was made with.
         """
         rounding = self._rounding if label in _OWN and not plain else None
-        key = f"{map_key(types)} {VERSION if rounding else 0}"
+        key = file_key(types, is_rounded=rounding is not None)
         known = self.known.files.get(key)
         found = replace(known or self._measured(label, types, rounding), label=label)
         if known is None or (known.label != label and label in _OWN):
@@ -152,3 +152,8 @@ class FileBench(AbstractContextManager["FileBench"]):
 def map_key(types: Mapping[str, str]) -> str:
     """A digest of a type map."""
     return hashlib.sha256(json.dumps(sorted(types.items())).encode()).hexdigest()
+
+
+def file_key(types: Mapping[str, str], is_rounded: bool) -> str:
+    """What a file with these types is kept under, rounded by second moments or by ggml alone."""
+    return f"{map_key(types)} {VERSION if is_rounded else 0}"

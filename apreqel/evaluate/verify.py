@@ -26,6 +26,9 @@ from apreqel.sensitivity.metrics import Comparison, estimate, ratio_interval
 from apreqel.sensitivity.texts import Text, TokenSet, bundled_texts, verification_set
 from apreqel.workspace import Workspace
 
+# Parts of the scored tokens at which a file's divergence is kept: its tail tells where it fails.
+KLD_PARTS = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.98, 0.99, 0.995, 0.998, 0.999)
+
 
 @dataclass(frozen=True)
 class VerifySettings:
@@ -72,6 +75,7 @@ class Measured:
     kld: Estimate
     kld_median: float
     kld_p999: float
+    kld_quantiles: tuple[float, ...]  # at `KLD_PARTS`
     perplexity: float
     perplexity_interval: tuple[float, float]
     top1: Estimate
@@ -197,6 +201,7 @@ def _measured(
         kld=estimate(klds, n_chunks),
         kld_median=float(np.median(klds)),
         kld_p999=float(np.quantile(klds, 0.999)),
+        kld_quantiles=tuple(np.quantile(klds, KLD_PARTS).tolist()),
         perplexity=mean,
         perplexity_interval=(low, high),
         top1=estimate(result.same_top1.astype(np.float64), n_chunks),

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from apreqel.arrays import Doubles
 from apreqel.errors import UsageError, printable
 from apreqel.model.inventory import Inventory
+from apreqel.plan.cache_types import CACHES
+from apreqel.plan.options import Options
 from apreqel.plan.solve import Solved
 from apreqel.sensitivity.damage import Damage
 from apreqel.solver.knapsack import priced
@@ -52,6 +54,8 @@ class RoleShare:
     n_tensors: int
     size_bytes: int
     damage_nats: float
+    decode_seconds: float | None  # per token; None without timings
+    prefill_seconds: float | None
     types: Sequence[str]
 
 
@@ -111,17 +115,31 @@ def closest_choices(solved: Solved, count: int) -> list[NextType]:
     return sorted((e for e in found if e), key=lambda e: e.regret)[:count]
 
 
-def shares_by_role(solved: Solved, inventory: Inventory) -> list[RoleShare]:
-    """What each role takes of the bytes and of the damage, most damage first."""
-    options, rows = solved.options, dict[str, list[tuple[str, int, float]]]()
-    for i, (name, j) in enumerate(zip(options.names, solved.solution.choice, strict=True)):
-        role = inventory.by_name[name].role if name in inventory.by_name else "KV cache"
-        row = options.types[i][j], int(options.sizes[i][j]), float(options.damages[i][j])
-        rows.setdefault(role, []).append(row)
-    shares = []
-    for role, found in rows.items():
-        types, sizes, damages = zip(*found, strict=True)
-        shares.append(RoleShare(role, len(found), sum(sizes), sum(damages), sorted(set(types))))
+def shares_by_role(
+    options: Options, choice: Sequence[int], inventory: Inventory
+) -> list[RoleShare]:
+    """What each role takes of the bytes, the damage and the seconds, most damage first."""
+    by_role = dict[str, list[tuple[int, int]]]()
+    for i, (name, j) in enumerate(zip(options.names, choice, strict=True)):
+        role = inventory.by_name[name].role if name in inventory.by_name else CACHES
+        by_role.setdefault(role, []).append((i, j))
+
+    def taken(rows: Sequence[Doubles], found: Sequence[tuple[int, int]]) -> float:
+        return sum(float(rows[i][j]) for i, j in found)
+
+    timings = options.timings
+    shares = [
+        RoleShare(
+            role,
+            len(found),
+            int(taken(options.sizes, found)),
+            taken(options.damages, found),
+            taken(timings.decode, found) if timings else None,
+            taken(timings.prefill, found) if timings else None,
+            sorted({options.types[i][j] for i, j in found}),
+        )
+        for role, found in by_role.items()
+    ]
     return sorted(shares, key=lambda share: -share.damage_nats)
 
 

@@ -16,9 +16,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from apreqel import artifacts
-from apreqel.errors import OutputError, printable
+from apreqel.errors import ApreqelError, OutputError, printable
 from apreqel.evaluate.verify import VerificationReport
 from apreqel.model import recipes
+from apreqel.progress import silent
 from apreqel.publish.card import RECIPE_END, Published, card
 from apreqel.publish.front_matter import as_yaml, front_matter
 from apreqel.publish.modelfile import modelfile
@@ -29,6 +30,8 @@ from apreqel.publish.records import (
     published,
     without_paths,
 )
+from apreqel.report.gather import opened
+from apreqel.report.page import page, require_extra
 from apreqel.workspace import HASH_FILE, IMATRIX_FILE, VERIFICATION_FILE
 
 CARD, MODELFILE, SUMS, REPORT = "README.md", "Modelfile", "apreqel.sha256", "report.html"
@@ -82,8 +85,8 @@ def write_folder(
     header, folder = files[0].found.inventory.headers[0], asked.folder
     front = front_matter(header, asked.base_model, asked.quantized_by)
     texts = _texts_of(files, report)
-    if report_page(files) is not None:
-        texts[REPORT] = report_page(files) or b""
+    if (page_of_report := report_page(files)) is not None:
+        texts[REPORT] = page_of_report
     extra = [f"`{name}`: {words}" for name, words in _CARD_LINES.items() if name in texts]
     texts[CARD] = (as_yaml(front) + "\n" + card(files, report, extra)).encode()
     models = {file.name.file: file.found.path.resolve() for file in files}
@@ -101,7 +104,13 @@ def write_folder(
 
 
 def report_page(files: Sequence[Published]) -> bytes | None:
-    """report.html of these files: here the page of a report is to be made, once there is one."""
+    """report.html of one file; None where its work folder or the extra `report` is missing."""
+    if len(files) != 1:
+        return None
+    with suppress(ApreqelError):
+        require_extra()
+        with opened(str(files[0].found.plan_path), None, silent) as source:
+            return page(source.report()).encode()
     return None
 
 

@@ -185,20 +185,40 @@ def equalised_model(space: Workspace) -> tuple[Path | None, str]:
     """
     if reason := why_not(space.inventory):
         return None, reason
-    folder = space.folder / EQUALISED_FOLDER
-    path, record = folder / space.model.name, folder / "equalised.json"
+    folder, path, record = _places(space)
     if path.exists() and not (record.exists() or (folder / _SCALES_FILE).exists()):
         raise OutputError(f"{path}: is not apreqel's, and would be lost; use another --workdir")
     sweep(folder)  # what a run that was killed left
     # On another machine, or by another llama.cpp, the file stays good.
-    facts = Provenance(space.sha256, settings={"version": VERSION})
-    known = Equalised.load_same(record, facts)
-    is_whole = (folder / _SCALES_FILE).exists() and known and known.file_sha256 == _sha256(path)
-    if known is None or (known.file_sha256 and not is_whole):
+    facts, known = _facts(space), _kept_record(space)
+    if known is None or (known.file_sha256 and kept_model(space) is None):
         path.unlink(missing_ok=True)
         known = _equalised(space, path, facts)
         known.save(record)
     return (None, known.why_not) if known.why_not else (path, "")
+
+
+def kept_model(space: Workspace) -> Path | None:
+    """The model with its channels rescaled, as it was written and checked; None for none."""
+    (folder, path, _), known = _places(space), _kept_record(space)
+    if known is None or not known.file_sha256 or not (folder / _SCALES_FILE).exists():
+        return None
+    return path if known.file_sha256 == _sha256(path) else None
+
+
+def _kept_record(space: Workspace) -> Equalised | None:
+    """What is known of the model with its channels rescaled. Raises ArtifactError."""
+    return Equalised.load_same(_places(space)[2], _facts(space))
+
+
+def _facts(space: Workspace) -> Provenance:
+    return Provenance(space.sha256, settings={"version": VERSION})
+
+
+def _places(space: Workspace) -> tuple[Path, Path, Path]:
+    """The folder of the rescaled model, its file, and its record."""
+    folder = space.folder / EQUALISED_FOLDER
+    return folder, folder / space.model.name, folder / "equalised.json"
 
 
 def _sha256(path: Path) -> str:

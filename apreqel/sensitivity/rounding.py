@@ -70,16 +70,26 @@ class Rounding:
 
         Raises ArtifactError, EngineError, LockedError, ModelFileError, OutputError.
         """
-        is_quick = self._probed.sensitivity.effort == "quick"
-        thorough, quick = (self._moments.folder / n for n in ("ratios.json", "ratios-quick.json"))
-        provenance = self._probed.provenance
-        found = RoundingRatios.load_same(thorough, provenance)
-        if found is None and is_quick:
-            found = RoundingRatios.load_same(quick, provenance)
+        found = self.known_ratios()
         if found is None:
-            found = self._measured_ratios(_QUICK_ROWS if is_quick else _RATIO_ROWS)
-            found.save(quick if is_quick else thorough)
+            found = self._measured_ratios(_QUICK_ROWS if self._is_quick else _RATIO_ROWS)
+            found.save(self._ratios_file(self._is_quick))
         return found
+
+    def known_ratios(self) -> RoundingRatios | None:
+        """What was measured before, after quick probing also quickly. Raises ArtifactError."""
+        for is_quick in (False, True)[: 1 + self._is_quick]:
+            path = self._ratios_file(is_quick)
+            if found := RoundingRatios.load_same(path, self._probed.provenance):
+                return found
+        return None
+
+    @property
+    def _is_quick(self) -> bool:
+        return self._probed.sensitivity.effort == "quick"
+
+    def _ratios_file(self, is_quick: bool) -> Path:
+        return self._moments.folder / ("ratios-quick.json" if is_quick else "ratios.json")
 
     def _is_rounded(self, tensor: Tensor, type_name: str) -> bool:
         """Experts see too few tokens each."""

@@ -1,0 +1,1 @@
+"""One page about one model on one device, from what its work folder holds."""
