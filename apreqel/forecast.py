@@ -26,6 +26,8 @@ _A_ROUND, _A_RUN_TOKENS, _RUNS_A_ROUND = 13.0, 480, 3
 _AROUND_ROUNDS = 35.0  # tuning threads, tables of codebooks, memory
 _ERRORS_A_TENSOR, _RATIOS_A_TENSOR, _USUAL_ROW = 0.17, 0.35, 750
 _SCALES_A_TENSOR, _RESCALING_CHUNKS = 0.12, 8
+# The copy that is probed, in F16, beside a quantised model as it is (Q4_1 0.5, Q8_0 0.6).
+_COPY_OF_QUANTISED = 0.55
 # Passes over the text, in evaluations of it without any listener.
 _IMATRIX_PASSES, _MOMENT_PASSES = 1.15, 0.3
 _WEIGHTS_A_SECOND, _ROUNDED_A_SECOND = 15e6, 6e6
@@ -75,6 +77,7 @@ def forecast_for(
     inventory, settings = space.inventory, ProbeSettings()
     tensors, quick = inventory.quantizable, effort.name == "quick"
     text = settings.n_ctx * token.prefill  # of a chunk
+    probed = text * (_COPY_OF_QUANTISED if inventory.is_quantized_source else 1)
     n_weights = sum(t.n_elements for t in tensors)
     row = mean(t.row_length for t in tensors) / _USUAL_ROW
     writing, rounding = n_weights / _WEIGHTS_A_SECOND, 0 if plain else n_weights / _ROUNDED_A_SECOND
@@ -86,10 +89,10 @@ def forecast_for(
     if not why_not(inventory):
         steps["rescaling"] = _SCALES_A_TENSOR * row * len(tensors) + _RESCALING_CHUNKS * text
     passes = _IMATRIX_PASSES + (0 if plain else _MOMENT_PASSES)
-    steps["imatrix"] = passes * settings.fitting_chunks * text
+    steps["imatrix"] = passes * settings.fitting_chunks * probed
     n_probes = (1 / effort.every_layer + effort.further_per_tensor) * len(tensors)
     errors = _ERRORS_A_TENSOR * row * len(tensors)
-    steps["probes"] = errors + n_probes * effort.first_chunks * text
+    steps["probes"] = errors + n_probes * effort.first_chunks * probed
     if effort.minutes is not None:
         steps["probes"] = min(steps["probes"], 60 * effort.minutes)
     if n_files := _LADDER_FILES.get(effort.name, 4):

@@ -71,14 +71,16 @@ def measure_rest(
     types: Mapping[str, str],
     path: Path,
     progress: Progress,
+    quick: bool = False,
 ) -> tuple[float, float]:
     """(bytes, bytes per token of context) that runs of the file take beside weights and KV cache.
 
-    The file at `path` is the model with these types. Raises EngineError.
+    The file at `path` is the model with these types. `quick`: from shorter contexts. Raises
+    EngineError.
     """
     weights = path.stat().st_size + copied_bytes(profile, inventory, types)
     longest = inventory.context_length or DEFAULT_CONTEXT
-    contexts = sorted({min(512, longest), min(4096, longest)})
+    contexts = sorted({min(512, longest), min(1536 if quick else 4096, longest)})
 
     def rest(n_ctx: int, cache: str) -> int:
         progress(f"measuring memory at context {n_ctx}", 0, 0)

@@ -300,7 +300,7 @@ class _Measurement:
         fastest = min(anchors, key=lambda label: anchors[label].prefill)
         path, sampling = self._anchor_file(fastest), median(self.sampling)
         types = self.anchors[fastest]
-        memory = measure_rest(profile, inventory, types, path, self.space.progress)
+        memory = measure_rest(profile, inventory, types, path, self.space.progress, self.quick)
         return Overhead(inventory.name, *fits, attention, sampling, anchors, *memory)
 
 
