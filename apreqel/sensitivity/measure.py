@@ -200,7 +200,10 @@ class _Run:
         with opened_bench(self.space, scratch, model, split.probe, imatrix) as bench:
             self._errors(model, bench, split.probe, half)
             self.keep(now=True)
-            reference = bench.reference(split.probe, scratch.parent)
+            # Only further probes read more than the first do.
+            n_chunks = None if self._effort.further_per_tensor else self._effort.first_chunks
+            text = split.probe.part(slice(0, n_chunks))
+            reference = bench.reference(text, scratch.parent)
             itself = bench.compare(reference.part(slice(0, 1)))
             self.found = replace(self.found, self_kld_nats=float(itself.kld_nats.mean()))
             if not abs(self.found.self_kld_nats) <= _SAME_NATS:
