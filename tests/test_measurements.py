@@ -334,13 +334,13 @@ def test_more_effort_builds_on_less(llama_model: Path, tmp_path: Path) -> None:
     def count(what: str, done: int, total: int) -> None:
         counted.append(what)
 
-    more = measure(inventory, tmp_path, Effort("normal", 4, 1.0), progress=count).sensitivity
+    more = measure(inventory, tmp_path, Effort("thorough", 4, 1.0), progress=count).sensitivity
     assert "collecting the imatrix" not in counted and "measuring output errors" not in counted
     for (name, type_name), kld in before.items():
         assert list(more.tensors[name].probes[type_name].kld[: len(kld)]) == list(kld)
     assert all(len(next(iter(t.probes.values())).kld) == 4 for t in more.tensors.values())
     same = measure(inventory, tmp_path, progress=fail).sensitivity
-    assert same.n_probes == more.n_probes and same.effort == "normal"
+    assert same.n_probes == more.n_probes and same.effort == "thorough"
 
 
 def fail(what: str, done: int, total: int) -> None:
